@@ -1,0 +1,231 @@
+//! A 16550 serial port: the guest's console.
+
+use std::io::{self, Write};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use vm_superio::Trigger;
+use vm_superio::serial::NoEvents;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::ConsoleTail;
+use crate::BusDevice;
+
+/// First I/O port of the first serial port, `ttyS0`. Its interrupt is 4.
+pub const SERIAL_PORT: u16 = 0x3f8;
+
+/// Ports from [`SERIAL_PORT`] on that the device covers.
+pub const SERIAL_PORT_COUNT: u16 = 8;
+
+/// A serial port.
+///
+/// What the guest writes goes to a sink byte by byte and is lost where the sink does not take it:
+/// a guest must not be able to make its console grow in this process, nor be held up by who reads
+/// it. Wrap a sink in a `LineWriter` where a system call for each byte is too much. The end of the
+/// output is kept in a [`ConsoleTail`] in any case.
+pub struct Serial {
+    uart: Mutex<Uart>,
+    tail: ConsoleTail,
+}
+
+type Uart = vm_superio::Serial<Line, NoEvents, Output>;
+
+impl Serial {
+    /// A port that interrupts through `line` (an irqfd, edge-triggered) and writes to `sink`,
+    /// which should not block.
+    pub fn new(line: EventFd, sink: Box<dyn Write + Send>) -> Self {
+        let tail = ConsoleTail::default();
+        let output = Output { sink, tail: tail.clone() };
+        Self { uart: Mutex::new(vm_superio::Serial::new(Line(line), output)), tail }
+    }
+
+    /// The end of what the guest wrote.
+    pub fn tail(&self) -> &ConsoleTail {
+        &self.tail
+    }
+
+    /// Sends input to the guest and returns how many bytes fit: the port's buffer has 64.
+    pub fn send(&self, input: &[u8]) -> usize {
+        // An error is a full buffer, or an interrupt that is pending already.
+        self.lock().enqueue_raw_bytes(input).unwrap_or_default()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Uart> {
+        self.uart.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl BusDevice for Serial {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        if let (Ok(register), [byte]) = (u8::try_from(offset), data) {
+            *byte = self.lock().read(register);
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        if let (Ok(register), [byte]) = (u8::try_from(offset), data) {
+            // An error is a byte that the sink did not take, or an interrupt that is pending.
+            let _ = self.lock().write(register, *byte);
+        }
+    }
+}
+
+/// The interrupt line.
+struct Line(EventFd);
+
+impl Trigger for Line {
+    type E = io::Error;
+
+    fn trigger(&self) -> io::Result<()> {
+        self.0.write(1)
+    }
+}
+
+struct Output {
+    sink: Box<dyn Write + Send>,
+    tail: ConsoleTail,
+}
+
+impl Write for Output {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        for byte in bytes {
+            self.tail.push(*byte);
+        }
+        // One try: a sink that is full now must not hold up the guest.
+        let _ = self.sink.write(bytes);
+        Ok(bytes.len())
+    }
+
+    /// Called after each byte; when to flush is the sink's own affair.
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use vmm_sys_util::eventfd::EFD_NONBLOCK;
+
+    use super::*;
+    use crate::legacy::CONSOLE_TAIL_SIZE;
+
+    const DATA: u64 = 0;
+    const INTERRUPT_ENABLE: u64 = 1;
+    const MODEM_CONTROL: u64 = 4;
+    const LINE_STATUS: u64 = 5;
+
+    #[derive(Clone, Default)]
+    struct Sink(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Sink {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().extend(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    struct Full;
+
+    impl Write for Full {
+        fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+            Err(io::ErrorKind::WouldBlock.into())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn port(sink: impl Write + Send + 'static) -> (Serial, EventFd) {
+        let line = EventFd::new(EFD_NONBLOCK).unwrap();
+        (Serial::new(line.try_clone().unwrap(), Box::new(sink)), line)
+    }
+
+    fn read(serial: &Serial, offset: u64) -> u8 {
+        let mut byte = [0];
+        serial.read(offset, &mut byte);
+        byte[0]
+    }
+
+    #[test]
+    fn output_goes_to_the_sink_and_the_tail() {
+        let sink = Sink::default();
+        let (serial, _line) = port(sink.clone());
+        for byte in b"hello" {
+            serial.write(DATA, &[*byte]);
+        }
+        assert_eq!(*sink.0.lock().unwrap(), b"hello");
+        assert_eq!(serial.tail().snapshot(), b"hello");
+    }
+
+    #[test]
+    fn input_interrupts_and_is_read_back() {
+        let (serial, line) = port(Sink::default());
+        serial.write(INTERRUPT_ENABLE, &[1]);
+        assert_eq!(serial.send(b"ok"), 2);
+        assert_eq!(line.read().unwrap(), 1);
+        assert_eq!(read(&serial, LINE_STATUS) & 1, 1);
+        assert_eq!([read(&serial, DATA), read(&serial, DATA)], *b"ok");
+        assert_eq!(read(&serial, LINE_STATUS) & 1, 0);
+    }
+
+    #[test]
+    fn input_is_bounded() {
+        let (serial, _line) = port(Sink::default());
+        assert_eq!(serial.send(&[b'x'; 65]), 64);
+        assert_eq!(serial.send(b"x"), 0);
+    }
+
+    #[test]
+    fn loopback_is_bounded() {
+        let (serial, _line) = port(Sink::default());
+        serial.write(MODEM_CONTROL, &[0x10]);
+        for _ in 0..1000 {
+            serial.write(DATA, b"x");
+        }
+        let mut looped = 0;
+        while read(&serial, LINE_STATUS) & 1 != 0 {
+            read(&serial, DATA);
+            looped += 1;
+        }
+        assert_eq!(looped, 64);
+    }
+
+    #[test]
+    fn a_flood_into_a_full_sink_is_bounded_and_does_not_hold_up_the_guest() {
+        let (serial, _line) = port(Full);
+        for _ in 0..(CONSOLE_TAIL_SIZE + 1) {
+            serial.write(DATA, b"x");
+        }
+        assert_eq!(serial.tail().snapshot().len(), CONSOLE_TAIL_SIZE);
+    }
+
+    #[test]
+    fn an_interrupt_storm_that_nobody_takes_does_not_block() {
+        let (serial, line) = port(Sink::default());
+        line.write(u64::MAX - 1).unwrap();
+        serial.write(INTERRUPT_ENABLE, &[3]);
+        for _ in 0..1000 {
+            serial.write(DATA, b"x");
+            read(&serial, 2);
+        }
+    }
+
+    #[test]
+    fn every_offset_and_width_is_taken() {
+        let (serial, _line) = port(Sink::default());
+        for offset in [0, 1, 2, 3, 4, 5, 6, 7, 8, 255, 256, u64::MAX] {
+            for width in [0, 1, 2, 4, 8] {
+                for value in [0x00, 0xff, 0x80, 0x03] {
+                    serial.write(offset, &vec![value; width]);
+                    serial.read(offset, &mut vec![0; width]);
+                }
+            }
+        }
+    }
+}

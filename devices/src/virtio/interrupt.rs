@@ -1,0 +1,94 @@
+//! Device-to-driver notifications of the MMIO transport (virtio 1.2 section 4.2.3.4).
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING};
+use vmm_sys_util::eventfd::EventFd;
+
+/// The interrupt line of one device, shared by its transport and its active half.
+///
+/// The event descriptor is wired to the guest by whoever built the machine (a KVM irqfd).
+#[derive(Clone)]
+pub struct Interrupt {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    /// InterruptStatus register.
+    pending: AtomicU32,
+    /// `DEVICE_NEEDS_RESET`: the one bit of the device status register that the device sets. It is
+    /// apart from the others so that setting it cannot race with the driver's writes.
+    reset_needed: AtomicBool,
+    /// ConfigGeneration register.
+    config_generation: AtomicU32,
+    line: EventFd,
+}
+
+impl Interrupt {
+    /// An idle interrupt that is delivered by writing to `line`.
+    pub fn new(line: EventFd) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                pending: AtomicU32::new(0),
+                reset_needed: AtomicBool::new(false),
+                config_generation: AtomicU32::new(0),
+                line,
+            }),
+        }
+    }
+
+    /// The descriptor that carries the interrupt to the guest.
+    pub fn line(&self) -> &EventFd {
+        &self.shared.line
+    }
+
+    /// Used buffers were added to a queue.
+    pub fn used_buffers(&self) {
+        self.raise(VIRTIO_MMIO_INT_VRING);
+    }
+
+    /// The configuration space changed.
+    pub fn config_changed(&self) {
+        self.shared.config_generation.fetch_add(1, Ordering::AcqRel);
+        self.raise(VIRTIO_MMIO_INT_CONFIG);
+    }
+
+    /// The driver did something that the device cannot go on after (section 2.1.2).
+    pub fn needs_reset(&self) {
+        self.shared.reset_needed.store(true, Ordering::Release);
+        self.config_changed();
+    }
+
+    /// InterruptStatus register.
+    pub fn pending(&self) -> u32 {
+        self.shared.pending.load(Ordering::Acquire)
+    }
+
+    /// InterruptACK register: the bits in `acked` are no longer pending.
+    pub fn acknowledge(&self, acked: u32) {
+        self.shared.pending.fetch_and(!acked, Ordering::AcqRel);
+    }
+
+    /// Whether `DEVICE_NEEDS_RESET` is set.
+    pub fn reset_needed(&self) -> bool {
+        self.shared.reset_needed.load(Ordering::Acquire)
+    }
+
+    /// Forgets what is pending, as a device reset does.
+    pub fn reset(&self) {
+        self.shared.pending.store(0, Ordering::Release);
+        self.shared.reset_needed.store(false, Ordering::Release);
+    }
+
+    /// ConfigGeneration register.
+    pub fn config_generation(&self) -> u32 {
+        self.shared.config_generation.load(Ordering::Acquire)
+    }
+
+    fn raise(&self, cause: u32) {
+        self.shared.pending.fetch_or(cause, Ordering::AcqRel);
+        // A full counter means that an interrupt is already on its way.
+        let _ = self.shared.line.write(1);
+    }
+}

@@ -1,0 +1,25 @@
+//! Virtio 1.2 devices and their MMIO transport.
+//!
+//! A device is two halves. The configuration half ([`VirtioDevice`]) belongs to the transport
+//! and answers register accesses. At `DRIVER_OK` it makes the active half, an
+//! [`event_manager::MutEventSubscriber`] that owns the queues and runs on an event loop; at
+//! reset the active half is taken out of the loop and dropped, so that no completion can touch
+//! a queue after it.
+
+pub mod blk;
+pub mod config_space;
+pub mod device;
+pub mod fs;
+pub mod interrupt;
+pub mod mmio;
+pub mod net;
+pub mod queue;
+#[cfg(test)]
+mod random;
+pub mod rng;
+pub mod vsock;
+pub mod worker;
+
+pub use device::{ActivateError, Activation, ActiveQueue, VirtioDevice};
+pub use interrupt::Interrupt;
+pub use mmio::MmioTransport;

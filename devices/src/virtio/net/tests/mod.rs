@@ -1,0 +1,7 @@
+//! Frames in both directions, and drivers that would rather not play along.
+//!
+//! [`wire`] plays the host with a socket pair and needs no privilege; [`interface`] uses a real
+//! tap interface in a network namespace of its own.
+
+mod interface;
+mod wire;
