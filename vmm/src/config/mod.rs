@@ -1,0 +1,66 @@
+//! What a machine is made of. One struct, filled once by whoever reads the outside text; nothing
+//! below keeps a copy of it in another form.
+//!
+//! Files that devices work on come open: opening them needs privileges that a machine does not.
+
+mod boot;
+mod memory;
+mod rng;
+mod serial;
+
+pub use devices::virtio::blk::BlkConfig;
+pub use devices::virtio::fs::FsConfig;
+pub use devices::virtio::net::NetConfig;
+pub use devices::virtio::vsock::VsockConfig;
+
+pub use crate::memory::image::Placement;
+pub use boot::{BASE_CMDLINE, BootConfig};
+pub use memory::MemoryConfig;
+pub use rng::RngConfig;
+pub use serial::SerialConfig;
+
+/// A machine to be built.
+#[derive(Debug)]
+pub struct MachineConfig {
+    /// Its name, for logs.
+    pub name: String,
+    /// Number of processors, at least 1.
+    pub vcpus: u8,
+    /// Physical memory.
+    pub memory: MemoryConfig,
+    /// Kernel, initrd and command line.
+    pub boot: BootConfig,
+    /// How kernel and initrd come into memory.
+    pub images: Placement,
+    /// Where the console's output goes, besides the tail that is always kept.
+    pub serial: SerialConfig,
+    /// Shared directories, known to the guest by their tags.
+    pub fs: Vec<FsConfig>,
+    /// Drives, in the order of their names in the guest: `vda`, `vdb`.
+    pub blk: Vec<BlkConfig>,
+    /// Network interfaces, in the order of their names in the guest: `eth0`, `eth1`.
+    pub net: Vec<NetConfig>,
+    /// Sockets between the guest and this process.
+    pub vsock: Option<VsockConfig>,
+    /// A source of entropy.
+    pub rng: Option<RngConfig>,
+}
+
+impl MachineConfig {
+    /// One processor, images that are copied, a console whose output is only kept in the tail, and no virtio devices.
+    pub fn new(name: impl Into<String>, memory: MemoryConfig, boot: BootConfig) -> Self {
+        Self {
+            name: name.into(),
+            vcpus: 1,
+            memory,
+            boot,
+            images: Placement::Copied,
+            serial: SerialConfig::Null,
+            fs: Vec::new(),
+            blk: Vec::new(),
+            net: Vec::new(),
+            vsock: None,
+            rng: None,
+        }
+    }
+}

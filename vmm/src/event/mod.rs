@@ -1,0 +1,160 @@
+//! Threads that devices run on: an event-manager loop in a thread of its own.
+
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use event_manager::{EventManager, RemoteEndpoint, SubscriberId};
+
+use devices::{EventLoop, Subscriber};
+
+/// What a loop is for; the name of its thread.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// All devices by default.
+    Io,
+    /// A shared file system, whose calls may take long.
+    Fs,
+}
+
+impl Role {
+    fn thread_name(self) -> String {
+        match self {
+            Self::Io => "io".into(),
+            Self::Fs => "fs".into(),
+        }
+    }
+}
+
+/// Why there is no event loop.
+#[derive(Debug, thiserror::Error)]
+pub enum EventError {
+    /// No epoll or event descriptor could be made.
+    #[error("Cannot make an event loop")]
+    Manager(#[source] event_manager::Error),
+    /// No thread could be made.
+    #[error("Cannot start an event loop's thread")]
+    Thread(#[source] io::Error),
+}
+
+/// An event loop and its thread.
+pub struct LoopThread {
+    endpoint: RemoteEndpoint<Subscriber>,
+    stopping: Arc<AtomicBool>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl LoopThread {
+    /// Starts a loop that has nothing to do yet.
+    pub fn spawn(role: Role) -> Result<Self, EventError> {
+        let manager = EventManager::new().map_err(EventError::Manager)?;
+        let endpoint = manager.remote_endpoint();
+        let stopping = Arc::new(AtomicBool::new(false));
+        let thread = thread::Builder::new()
+            .name(role.thread_name())
+            .spawn({
+                let stopping = Arc::clone(&stopping);
+                move || run(manager, &stopping)
+            })
+            .map_err(EventError::Thread)?;
+        Ok(Self { endpoint, stopping, thread: Mutex::new(Some(thread)) })
+    }
+
+    /// Ends the thread and drops what ran on it. Must not be called from that thread.
+    pub fn stop(&self) {
+        self.stopping.store(true, Ordering::Release);
+        // Fails only when the loop is gone already.
+        let _ = self.endpoint.kick();
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(thread) = thread {
+            // An error is a panic of the loop, which its own message has told.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for LoopThread {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+impl EventLoop for LoopThread {
+    fn add(&self, subscriber: Subscriber) -> event_manager::Result<SubscriberId> {
+        self.endpoint.call_blocking(move |ops| Ok(ops.add_subscriber(subscriber)))
+    }
+
+    fn remove(&self, id: SubscriberId) -> event_manager::Result<Subscriber> {
+        self.endpoint.call_blocking(move |ops| ops.remove_subscriber(id))
+    }
+}
+
+fn run(mut manager: EventManager<Subscriber>, stopping: &AtomicBool) {
+    while !stopping.load(Ordering::Acquire) {
+        if let Err(error) = manager.run() {
+            // epoll_wait on a valid descriptor: nothing that trying again would change.
+            tracing::error!(%error, "An event loop ends");
+            return;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+    use std::sync::mpsc::{Sender, channel};
+    use vmm_sys_util::eventfd::EventFd;
+
+    struct Echo {
+        event: EventFd,
+        seen: Sender<&'static str>,
+    }
+
+    impl MutEventSubscriber for Echo {
+        fn process(&mut self, _: Events, _: &mut EventOps) {
+            self.event.read().expect("readable");
+            self.seen.send("event").expect("receiver");
+        }
+
+        fn init(&mut self, ops: &mut EventOps) {
+            ops.add(Events::new(&self.event, EventSet::IN)).expect("add");
+            self.seen.send("init").expect("receiver");
+        }
+    }
+
+    impl Drop for Echo {
+        fn drop(&mut self) {
+            let _ = self.seen.send("dropped");
+        }
+    }
+
+    #[test]
+    fn a_subscriber_is_initialised_called_and_dropped() {
+        let (seen, receiver) = channel();
+        let event = EventFd::new(0).expect("eventfd");
+        let echo = Echo { event: event.try_clone().expect("clone"), seen };
+        let looper = LoopThread::spawn(Role::Io).expect("spawn");
+        let id = looper.add(Box::new(echo)).expect("add");
+        assert_eq!(receiver.try_recv(), Ok("init"));
+        event.write(1).expect("write");
+        assert_eq!(receiver.recv(), Ok("event"));
+        drop(looper.remove(id).expect("remove"));
+        assert_eq!(receiver.recv(), Ok("dropped"));
+        assert!(looper.remove(id).is_err());
+    }
+
+    #[test]
+    fn stopping_drops_the_subscribers_and_later_calls_fail() {
+        let (seen, receiver) = channel();
+        let echo = Echo { event: EventFd::new(0).expect("eventfd"), seen: seen.clone() };
+        let looper = LoopThread::spawn(Role::Fs).expect("spawn");
+        looper.add(Box::new(echo)).expect("add");
+        looper.stop();
+        looper.stop();
+        assert_eq!(receiver.try_iter().collect::<Vec<_>>(), ["init", "dropped"]);
+        let echo = Echo { event: EventFd::new(0).expect("eventfd"), seen };
+        assert!(looper.add(Box::new(echo)).is_err());
+    }
+}

@@ -1,0 +1,179 @@
+//! Devices on the buses of a machine.
+
+use std::io;
+use std::sync::Arc;
+
+use kvm_ioctls::{IoEventAddress, VmFd};
+use linux_loader::cmdline::Cmdline;
+use vm_memory::GuestAddress;
+
+use devices::GuestMemory;
+use devices::legacy::{
+    DEBUG_PORT, EventSink, I8042, I8042_PORT, I8042_PORT_COUNT, PANIC_PORT, PanicPort, SERIAL_PORT, SERIAL_PORT_COUNT,
+    Serial,
+};
+use devices::virtio::blk::{Blk, BlkConfig, BlkError};
+use devices::virtio::fs::{Fs, FsConfig, FsError};
+use devices::virtio::mmio::QUEUE_NOTIFY;
+use devices::virtio::net::{Net, NetConfig};
+use devices::virtio::rng::Rng;
+use devices::virtio::vsock::{Connector, Vsock, VsockConfig, VsockError};
+use devices::virtio::{Interrupt, MmioTransport, VirtioDevice};
+
+use crate::arch::x86_64::layout;
+use crate::bus::{Bus, BusError};
+use crate::event::{EventError, LoopThread, Role};
+use crate::irq::{self, IrqAllocator, IrqError};
+use crate::observe::TracePoints;
+
+/// Why a device is not in the machine.
+#[derive(Debug, thiserror::Error)]
+pub enum AttachError {
+    /// No interrupt.
+    #[error("A device cannot interrupt the guest")]
+    Irq(#[from] IrqError),
+    /// No address.
+    #[error("A device has no place on its bus")]
+    Bus(#[from] BusError),
+    /// The transport's descriptors could not be made.
+    #[error("Cannot make the transport of a virtio device")]
+    Transport(#[source] io::Error),
+    /// `KVM_IOEVENTFD` failed.
+    #[error("Cannot wire the notifications of queue {queue} at {address:#x}")]
+    Notification {
+        /// Index of the queue.
+        queue: u32,
+        /// Address of the register.
+        address: u64,
+        /// What KVM said.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
+    /// The command line is full.
+    #[error("The kernel command line has no room for the address of a device")]
+    Cmdline(#[source] linux_loader::cmdline::Error),
+    /// A shared directory that cannot be shared.
+    #[error(transparent)]
+    Fs(#[from] FsError),
+    /// A drive that is none.
+    #[error(transparent)]
+    Blk(#[from] BlkError),
+    /// A vsock device that cannot be made.
+    #[error(transparent)]
+    Vsock(#[from] VsockError),
+    /// No source of entropy.
+    #[error("Cannot open the host's source of entropy")]
+    Rng(#[source] io::Error),
+    /// The thread for devices could not be started.
+    #[error("The devices' thread cannot be started")]
+    EventLoop(#[from] EventError),
+}
+
+/// Puts the devices on the port bus that a PC has without being asked.
+pub(super) fn legacy(
+    bus: &mut Bus,
+    serial: Arc<Serial>,
+    events: EventSink,
+    trace: &TracePoints,
+) -> Result<(), AttachError> {
+    bus.insert(SERIAL_PORT.into(), SERIAL_PORT_COUNT.into(), serial)?;
+    let i8042 = Arc::new(I8042::new(events.clone()));
+    bus.insert(I8042_PORT.into(), I8042_PORT_COUNT.into(), i8042)?;
+    bus.insert(PANIC_PORT.into(), 1, Arc::new(PanicPort::new(events)))?;
+    bus.insert(DEBUG_PORT.into(), 1, Arc::new(trace.debug_port().clone()))?;
+    Ok(())
+}
+
+/// Gives virtio devices an address window, an interrupt line and a word on the command line, in
+/// the order in which they come.
+pub(super) struct VirtioSlots<'a> {
+    vm: &'a VmFd,
+    memory: &'a GuestMemory,
+    bus: &'a mut Bus,
+    cmdline: &'a mut Cmdline,
+    lines: IrqAllocator,
+    next_window: u64,
+    loops: Loops,
+}
+
+/// The threads that devices asked for.
+#[derive(Default)]
+struct Loops {
+    io: Option<Arc<LoopThread>>,
+    fs: Option<Arc<LoopThread>>,
+}
+
+impl<'a> VirtioSlots<'a> {
+    /// The first device comes to the start of the MMIO gap.
+    pub(super) fn new(vm: &'a VmFd, memory: &'a GuestMemory, bus: &'a mut Bus, cmdline: &'a mut Cmdline) -> Self {
+        let (lines, loops) = (IrqAllocator::default(), Loops::default());
+        Self { vm, memory, bus, cmdline, lines, next_window: layout::MMIO_GAP_START, loops }
+    }
+
+    pub(super) fn fs(&mut self, config: FsConfig) -> Result<(), AttachError> {
+        self.attach(Box::new(Fs::new(config)?), Role::Fs)
+    }
+
+    pub(super) fn blk(&mut self, config: BlkConfig) -> Result<(), AttachError> {
+        self.attach(Box::new(Blk::new(config)?), Role::Io)
+    }
+
+    pub(super) fn net(&mut self, config: NetConfig) -> Result<(), AttachError> {
+        self.attach(Box::new(Net::new(config)), Role::Io)
+    }
+
+    pub(super) fn vsock(&mut self, config: VsockConfig) -> Result<Connector, AttachError> {
+        let (vsock, connector) = Vsock::new(config)?;
+        self.attach(Box::new(vsock), Role::Io)?;
+        Ok(connector)
+    }
+
+    pub(super) fn rng(&mut self) -> Result<(), AttachError> {
+        self.attach(Box::new(Rng::new().map_err(AttachError::Rng)?), Role::Io)
+    }
+
+    /// The event loops that were started for the devices.
+    pub(super) fn into_loops(self) -> Vec<Arc<LoopThread>> {
+        [self.loops.io, self.loops.fs].into_iter().flatten().collect()
+    }
+
+    fn attach(&mut self, device: Box<dyn VirtioDevice>, role: Role) -> Result<(), AttachError> {
+        let line = self.lines.allocate()?;
+        let interrupt = Interrupt::new(irq::wire(self.vm, line)?);
+        let event_loop = self.loops.get(role)?;
+        let transport =
+            MmioTransport::new(device, self.memory.clone(), event_loop, interrupt).map_err(AttachError::Transport)?;
+
+        let base = self.next_window;
+        let address = base + QUEUE_NOTIFY;
+        for (queue, kick) in (0u32..).zip(transport.kicks()) {
+            self.vm
+                .register_ioevent(kick, &IoEventAddress::Mmio(address), queue)
+                .map_err(|source| AttachError::Notification { queue, address, source })?;
+        }
+        self.bus.insert(base, layout::MMIO_WINDOW, Arc::new(transport))?;
+        self.cmdline
+            .add_virtio_mmio_device(layout::MMIO_WINDOW, GuestAddress(base), line, None)
+            .map_err(AttachError::Cmdline)?;
+        self.next_window += layout::MMIO_WINDOW;
+        Ok(())
+    }
+}
+
+impl Loops {
+    /// The loop for `role`, started when it is first asked for.
+    fn get(&mut self, role: Role) -> Result<Arc<LoopThread>, EventError> {
+        let slot = match role {
+            Role::Io => &mut self.io,
+            Role::Fs => &mut self.fs,
+        };
+        match slot {
+            Some(event_loop) => Ok(Arc::clone(event_loop)),
+            None => {
+                let event_loop = Arc::new(LoopThread::spawn(role)?);
+                *slot = Some(Arc::clone(&event_loop));
+                Ok(event_loop)
+            }
+        }
+    }
+}

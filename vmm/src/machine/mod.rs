@@ -1,0 +1,98 @@
+//! A machine's life, one verb to a file: build, boot, attach, run, pause, stop, exit.
+
+mod attach;
+mod boot;
+mod build;
+pub mod exit;
+mod pause;
+mod run;
+mod stop;
+
+use std::fmt;
+use std::sync::{Arc, Mutex};
+
+use kvm_ioctls::VmFd;
+
+use devices::GuestMemory;
+use devices::legacy::Serial;
+use devices::virtio::vsock::Connector;
+
+use crate::event::LoopThread;
+use crate::observe::TracePoints;
+use crate::vcpu::{Control, VcpuThread};
+
+pub use attach::AttachError;
+pub use boot::BootError;
+pub use build::BuildError;
+pub use exit::ExitReason;
+pub use run::StateError;
+
+/// A virtual machine of this process.
+///
+/// ```text
+///            start()           pause()
+///   built ───────────▶ running ───────▶ paused
+///                         ▲                │
+///                         └──── resume() ──┘
+///     any of them ── the guest ends, or stop(), or drop ──▶ ended
+/// ```
+///
+/// All calls may be made from any thread but the machine's own. Dropping it ends it and leaves
+/// no thread, descriptor or mapping behind; that takes as long as KVM needs to take a VM down, some
+/// milliseconds.
+pub struct Machine {
+    name: String,
+    control: Arc<Control>,
+    trace: Arc<TracePoints>,
+    serial: Arc<Serial>,
+    vsock: Option<Connector>,
+    loops: Vec<Arc<LoopThread>>,
+    /// Gone when the machine was stopped.
+    hardware: Mutex<Option<Hardware>>,
+}
+
+/// What is not used after the build, but is the machine.
+struct Hardware {
+    // Dropped before the memory that it uses.
+    _vm: VmFd,
+    _memory: GuestMemory,
+}
+
+impl Machine {
+    /// The name that its configuration gave it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The last 64 KiB that the guest wrote to its console.
+    pub fn console_tail(&self) -> Vec<u8> {
+        self.serial.tail().snapshot()
+    }
+
+    /// Sends input to the guest's console and returns how many bytes it took: its buffer has 64.
+    pub fn console_input(&self, input: &[u8]) -> usize {
+        self.serial.send(input)
+    }
+
+    /// The way to the guest's sockets, where the machine has a vsock device.
+    pub fn vsock(&self) -> Option<Connector> {
+        self.vsock.clone()
+    }
+
+    /// Thread identifiers of the processors, in order; for placing them into a cgroup.
+    pub fn vcpu_thread_ids(&self) -> Vec<i32> {
+        self.control.wait_until_arrived();
+        self.control.threads().iter().map(VcpuThread::id).collect()
+    }
+
+    /// When the machine reached the stations of its start.
+    pub fn trace(&self) -> &TracePoints {
+        &self.trace
+    }
+}
+
+impl fmt::Debug for Machine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Machine").field("name", &self.name).finish_non_exhaustive()
+    }
+}

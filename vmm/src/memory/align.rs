@@ -1,0 +1,101 @@
+//! Guest memory at addresses where KVM can map 2 MiB at once.
+//!
+//! It does so only where guest and host address agree modulo 2 MiB. Else each 4 KiB page of the guest costs a fault of
+//! its own: thousands in a boot. Linux aligns large mappings by itself since 6.7; before, it puts a mapping right below
+//! the lowest one, wherever that is.
+
+use std::io;
+
+use vm_memory::mmap::{MmapRegion, MmapRegionBuilder, MmapRegionError};
+
+/// What the processor maps with one entry of a page directory.
+const HUGE_PAGE: usize = 2 << 20;
+
+/// Maps `size` bytes of private anonymous memory, aligned if the kernel can be brought to it.
+pub fn map(size: usize) -> Result<MmapRegion<()>, MmapRegionError> {
+    let region = build(size)?;
+    if size < HUGE_PAGE || is_aligned(&region) {
+        return Ok(region);
+    }
+    drop(region);
+    // The kernel fills the highest gap that is large enough. With something above that ends at the right place, that
+    // is where the region ends up; if another thread maps something meanwhile, it may not be, and all still works.
+    let spacer = Spacer::above(size);
+    let region = build(size);
+    drop(spacer);
+    region
+}
+
+fn build(size: usize) -> Result<MmapRegion<()>, MmapRegionError> {
+    MmapRegionBuilder::new(size)
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
+        .build()
+}
+
+fn is_aligned(region: &MmapRegion<()>) -> bool {
+    (region.as_ptr() as usize).is_multiple_of(HUGE_PAGE)
+}
+
+/// A piece of address space that keeps others out.
+struct Spacer {
+    start: usize,
+    length: usize,
+}
+
+impl Spacer {
+    /// Leaves a gap of `size` bytes below itself, which starts at a multiple of 2 MiB.
+    fn above(size: usize) -> io::Result<Self> {
+        let length = size.checked_add(HUGE_PAGE).ok_or(io::ErrorKind::OutOfMemory)?;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        // SAFETY: a new mapping that nothing refers to.
+        let start = unsafe { libc::mmap(std::ptr::null_mut(), length, libc::PROT_NONE, flags, -1, 0) };
+        if start == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let whole = Self { start: start as usize, length };
+        let gap = whole.start.next_multiple_of(HUGE_PAGE) + size - whole.start;
+        Ok(whole.without_first(gap))
+    }
+
+    /// Gives the first `length` bytes back; fewer than it has.
+    fn without_first(self, length: usize) -> Self {
+        let rest = Self { start: self.start + length, length: self.length - length };
+        let first = Self { start: self.start, length };
+        std::mem::forget(self);
+        drop(first);
+        rest
+    }
+}
+
+impl Drop for Spacer {
+    fn drop(&mut self) {
+        if self.length > 0 {
+            // SAFETY: this part of a mapping belongs to this value alone, and nothing refers into it.
+            unsafe { libc::munmap(self.start as *mut libc::c_void, self.length) };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_region_is_aligned_whatever_lies_above_it() {
+        for pages in [1, 7, 300, 511, 513] {
+            let _above = build(pages << 12).expect("map");
+            let region = map((32 << 20) + 0x3000).expect("map");
+            assert!(is_aligned(&region), "{pages}");
+            assert_eq!(region.size(), (32 << 20) + 0x3000);
+        }
+    }
+
+    #[test]
+    fn a_spacer_leaves_a_gap_that_is_aligned() {
+        let size = (4 << 20) + 0x1000;
+        let spacer = Spacer::above(size).expect("map");
+        assert!((spacer.start - size).is_multiple_of(HUGE_PAGE));
+        assert!(spacer.length <= HUGE_PAGE);
+    }
+}

@@ -1,0 +1,5 @@
+//! What a machine tells about itself.
+
+mod trace;
+
+pub use trace::TracePoints;

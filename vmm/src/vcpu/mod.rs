@@ -1,0 +1,14 @@
+//! Processors: one thread each, which runs the guest until it exits to a device, is told to pause,
+//! or ends the machine.
+
+mod control;
+mod exits;
+mod fault;
+mod gate;
+mod kick;
+mod thread;
+
+pub use control::Control;
+pub use exits::Buses;
+pub use fault::VcpuFault;
+pub use thread::{SpawnError, VcpuThread};

@@ -1,0 +1,155 @@
+//! The thread of a processor.
+
+use std::io;
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use kvm_ioctls::VcpuFd;
+use vmm_sys_util::signal::{Killable, unblock_signal};
+
+use super::Control;
+use super::exits::{Buses, Outcome, run_once};
+use super::gate::Pass;
+use super::kick::{ImmediateExit, install_handler, kick_signal};
+use crate::machine::exit::ExitReason;
+use crate::observe::TracePoints;
+
+/// Why a processor has no thread.
+#[derive(Debug, thiserror::Error)]
+pub enum SpawnError {
+    /// The page by which it is interrupted cannot be mapped.
+    #[error("Cannot map the run page of vCPU {vcpu}")]
+    RunPage {
+        /// Index of the vCPU.
+        vcpu: u8,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// No thread could be made.
+    #[error("Cannot start the thread of vCPU {vcpu}")]
+    Thread {
+        /// Index of the vCPU.
+        vcpu: u8,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// A processor's thread, as others see it.
+pub struct VcpuThread {
+    immediate_exit: ImmediateExit,
+    /// 0 until the thread has told.
+    id: Arc<AtomicI32>,
+    handle: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl VcpuThread {
+    /// Starts the thread of `vcpu`, which waits at the gate of `control`.
+    pub fn spawn(
+        index: u8,
+        vcpu: VcpuFd,
+        buses: Buses,
+        control: Arc<Control>,
+        trace: Arc<TracePoints>,
+    ) -> Result<Self, SpawnError> {
+        install_handler();
+        let immediate_exit = ImmediateExit::map(&vcpu).map_err(|source| SpawnError::RunPage { vcpu: index, source })?;
+        let id = Arc::new(AtomicI32::new(0));
+        let runner = Runner { index, vcpu, buses, control, trace };
+        let handle = thread::Builder::new()
+            .name(format!("vcpu{index}"))
+            .spawn({
+                let id = Arc::clone(&id);
+                move || {
+                    // SAFETY: always succeeds, and touches no memory.
+                    id.store(unsafe { libc::gettid() }, Ordering::Release);
+                    runner.run();
+                }
+            })
+            .map_err(|source| SpawnError::Thread { vcpu: index, source })?;
+        Ok(Self { immediate_exit, id, handle: Mutex::new(Some(handle)) })
+    }
+
+    /// Its thread identifier; 0 until the thread has come to the gate.
+    pub fn id(&self) -> i32 {
+        self.id.load(Ordering::Acquire)
+    }
+
+    /// Makes the thread look at the gate soon.
+    pub fn kick(&self) {
+        let handle = self.handle();
+        if let Some(handle) = handle.as_ref() {
+            self.immediate_exit.set();
+            // Fails only for a thread that has ended.
+            let _ = handle.kill(kick_signal());
+        }
+    }
+
+    /// Waits for the thread's end.
+    pub fn join(&self) {
+        let handle = self.handle().take();
+        if let Some(handle) = handle {
+            // An error is a panic, which its own message has told.
+            let _ = handle.join();
+        }
+    }
+
+    fn handle(&self) -> MutexGuard<'_, Option<JoinHandle<()>>> {
+        self.handle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What the thread owns.
+struct Runner {
+    index: u8,
+    vcpu: VcpuFd,
+    buses: Buses,
+    control: Arc<Control>,
+    trace: Arc<TracePoints>,
+}
+
+impl Runner {
+    fn run(mut self) {
+        self.control.gate.arrive();
+        // The signal mask comes from whoever built the machine.
+        let _ = unblock_signal(kick_signal());
+        let mut started = false;
+        loop {
+            // In this order: a kick that comes after the gate was read sets the flag again.
+            self.vcpu.set_kvm_immediate_exit(0);
+            match self.control.gate.pass() {
+                Pass::End => break,
+                Pass::Run { waited } if waited && started => {
+                    // Else the guest's watchdog takes the pause for a processor that hangs.
+                    // Fails where the guest does not use kvmclock.
+                    let _ = self.vcpu.kvmclock_ctrl();
+                }
+                Pass::Run { .. } => {}
+            }
+            if !started && self.index == 0 {
+                self.trace.record_first_run();
+            }
+            started = true;
+            match self.run_until_interrupted() {
+                Outcome::End(reason) => self.control.end(reason),
+                Outcome::Fault(cause) => {
+                    self.control.end(ExitReason::VcpuError { vcpu: self.index, cause });
+                }
+                Outcome::Continue | Outcome::Interrupted => {}
+            }
+        }
+        self.control.gate.leave();
+    }
+
+    fn run_until_interrupted(&mut self) -> Outcome {
+        loop {
+            match run_once(&mut self.vcpu, &self.buses) {
+                Outcome::Continue => {}
+                other => return other,
+            }
+        }
+    }
+}
