@@ -1,0 +1,11 @@
+//! What the host may ask of the guest as a whole.
+
+mod clock;
+mod cpu;
+mod details;
+mod random;
+
+pub use clock::set_time;
+pub use cpu::online;
+pub use details::details;
+pub use random::reseed;
