@@ -1,0 +1,132 @@
+//! The serving process: containerd's Task service on the socket that `start` made.
+
+use std::io;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::filter::LevelFilter;
+use ttrpc::r#async::Server;
+use ttrpc::r#async::transport::Listener;
+
+use super::flags::Flags;
+use crate::ids::{Id, IdError};
+use crate::log;
+use crate::run_dir::RunDir;
+use crate::service::TaskService;
+
+/// Descriptor on which `start` hands the listening socket over.
+pub const LISTENER_FD: RawFd = 3;
+/// One worker could serve all requests; the second one keeps the service responsive while the first mounts.
+const WORKERS: usize = 2;
+/// Blocking calls are rare and short: building and stopping the machine, unmounting.
+const BLOCKING_THREADS: usize = 8;
+/// Deepest seen is the parsing of a large `config.json`.
+const STACK_SIZE: usize = 1 << 20;
+
+/// Why the service ended or did not begin.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The identifier of the container that the shim was started for.
+    #[error(transparent)]
+    Id(#[from] IdError),
+    /// The socket was not handed over.
+    #[error("Descriptor {LISTENER_FD} is not the listening socket that `start` hands over")]
+    Listener(#[source] io::Error),
+    /// The runtime, or a signal handler.
+    #[error("Cannot set up the serving process")]
+    Runtime(#[source] io::Error),
+    /// The server.
+    #[error("Cannot serve")]
+    Server(#[from] ttrpc::Error),
+}
+
+/// Serves until containerd asks for the end, or SIGTERM does.
+pub fn run(flags: &Flags) -> Result<(), ServeError> {
+    let bundle = super::bundle(flags).map_err(ServeError::Runtime)?;
+    log::init(Some(&bundle), if flags.debug { LevelFilter::DEBUG } else { LevelFilter::INFO });
+    let served = serve(flags);
+    if let Err(error) = &served {
+        tracing::error!("{}", super::with_causes(error));
+    }
+    served
+}
+
+fn serve(flags: &Flags) -> Result<(), ServeError> {
+    let id = Id::try_from(flags.id.as_str())?;
+    log::set_sandbox(&id);
+    raise_file_limit();
+    let listener = inherited_listener()?;
+    let run_dir = RunDir::from_environment();
+    let socket = run_dir.socket(&flags.address, &flags.namespace, &id);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(WORKERS)
+        .max_blocking_threads(BLOCKING_THREADS)
+        .thread_stack_size(STACK_SIZE)
+        .thread_name("api")
+        .enable_all()
+        .build()
+        .map_err(ServeError::Runtime)?;
+    runtime.block_on(serve_until_told(flags, run_dir, socket, listener))
+}
+
+/// Every file that a guest has open or remembers is a descriptor here.
+fn raise_file_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let raised =
+        getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        tracing::warn!(%error, "Cannot raise the limit of open files");
+    }
+}
+
+async fn serve_until_told(
+    flags: &Flags,
+    run_dir: RunDir,
+    socket: PathBuf,
+    listener: UnixListener,
+) -> Result<(), ServeError> {
+    let mut terminate = signal(SignalKind::terminate()).map_err(ServeError::Runtime)?;
+    let service = Arc::new(TaskService::new(flags.namespace.clone(), run_dir, Some(socket.clone())));
+    let listener = Listener::try_from(listener).map_err(ServeError::Listener)?;
+    let [v2, v3] = service.register();
+    let mut server = Server::new().add_listener(listener).register_service(v2).register_service(v3);
+    server.start().await?;
+    tracing::debug!("Serving");
+    tokio::select! {
+        () = service.shutdown_requested() => tracing::debug!("containerd asks for the end"),
+        _ = terminate.recv() => tracing::warn!("SIGTERM asks for the end"),
+    }
+    service.finish().await;
+    // Before connections close: containerd calls `delete` at once, which must not find a socket that nobody serves.
+    match std::fs::remove_file(&socket) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            tracing::warn!(socket = %socket.display(), %error, "Cannot remove the socket");
+        }
+        _ => {}
+    }
+    // Answers that are on their way are sent before connections close.
+    server.shutdown().await?;
+    Ok(())
+}
+
+/// Takes the listening socket over, after a look that it is one: the program may have been started by hand.
+fn inherited_listener() -> Result<UnixListener, ServeError> {
+    use nix::sys::socket::{getsockopt, sockopt::AcceptConn};
+    use std::os::fd::BorrowedFd;
+
+    // SAFETY: the borrow ends before anything could close the descriptor; whether it is open the call itself tells.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(LISTENER_FD) };
+    match getsockopt(&borrowed, AcceptConn) {
+        Ok(true) => {}
+        Ok(false) => return Err(ServeError::Listener(io::ErrorKind::InvalidInput.into())),
+        Err(errno) => return Err(ServeError::Listener(errno.into())),
+    }
+    // SAFETY: the descriptor is a listening socket, as was just seen, and nothing else in this process knows of it.
+    let owned = unsafe { OwnedFd::from_raw_fd(LISTENER_FD) };
+    nix::fcntl::fcntl(&owned, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC))
+        .map_err(|errno| ServeError::Listener(errno.into()))?;
+    Ok(owned.into())
+}

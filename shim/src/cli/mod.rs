@@ -1,0 +1,65 @@
+//! The operator's command.
+
+mod check;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+const AFTER_HELP: &str = "\
+containerd starts Inlay by itself, under the name containerd-shim-inlay-v2, for containers of the runtime
+io.containerd.inlay.v2. Try it:
+
+  inlay check
+  ctr run --rm --runtime io.containerd.inlay.v2 docker.io/library/busybox:latest demo uname -a
+
+Configuration: /etc/inlay/configuration.toml, TOML with kata's key names; every key has a default.
+State:         /run/inlay/sandboxes/<id>/, gone when the sandbox is.
+Log:           containerd's own; records carry sandbox=<id>.";
+
+/// Runs each container or pod in its own virtual machine, inlaid in containerd's shim
+#[derive(Debug, Parser)]
+#[command(name = "inlay", version, after_help = AFTER_HELP)]
+struct Arguments {
+    /// Configuration file to use instead of /etc/inlay/configuration.toml
+    #[arg(long, global = true, value_name = "FILE")]
+    config: Option<PathBuf>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Say what this host has and lacks for running sandboxes, and what to do about it
+    Check,
+    /// Print the version
+    Version,
+}
+
+/// Runs the command that the command line names.
+pub fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    match arguments.command {
+        Command::Check => check::run(arguments.config.as_deref()),
+        Command::Version => {
+            println!("inlay {}", env!("CARGO_PKG_VERSION"));
+            ExitCode::SUCCESS
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        Arguments::command().debug_assert();
+        let parsed = Arguments::try_parse_from(["inlay", "check", "--config", "/c"]).unwrap();
+        assert_eq!(parsed.config, Some("/c".into()));
+        assert!(matches!(parsed.command, Command::Check));
+    }
+}

@@ -1,0 +1,29 @@
+//! Inlay's program: containerd's shim and the operator's command in one binary.
+//!
+//! ```text
+//! containerd ── start/delete ──▶ bootstrap ── serve ──▶ service ──▶ sandbox ──▶ machine (vmm)
+//!                                                          │           ├─▶ agent (guest, ttrpc over vsock)
+//!                                                          │           └─▶ resources (rootfs, volumes, cgroup)
+//!                                                          └──▶ events ──▶ containerd
+//! ```
+//!
+//! One process serves one sandbox, which is one virtual machine. Called `containerd-shim-*` the program speaks
+//! containerd's shim protocol ([`shim`]); under any other name it is the operator's command ([`operator`]).
+
+mod bootstrap;
+mod cli;
+mod config;
+mod container;
+mod events;
+mod ids;
+mod lock;
+mod log;
+mod oci;
+mod readiness;
+mod resources;
+mod run_dir;
+mod sandbox;
+mod service;
+
+pub use bootstrap::main as shim;
+pub use cli::main as operator;

@@ -1,0 +1,154 @@
+//! Making a container in a sandbox.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use agent_proto::NULL_STREAM_PORT;
+use agent_proto::agent::CreateContainerRequest;
+use oci_spec::runtime::Spec;
+use vmm::HostEnd;
+
+use super::agent::AgentError;
+use super::first_output::FirstOutput;
+use super::guest::{ConnectError, Guest};
+use super::{Sandbox, SandboxError, State};
+use crate::container::stdio::{GuestEnds, Stdio, StdioError, Streams};
+use crate::container::{Container, Process};
+use crate::ids::Id;
+use crate::lock::lock;
+use crate::oci::{self, SpecError};
+use crate::resources::mount::Mount;
+use crate::resources::share::ContainerShare;
+use crate::resources::{ResourceError, volumes};
+
+/// What a container is to be.
+pub struct ContainerRequest {
+    /// Its name.
+    pub id: Id,
+    /// Its bundle directory.
+    pub bundle: PathBuf,
+    /// Its specification.
+    pub spec: Spec,
+    /// Mounts that make its root file system; none when it is in the bundle.
+    pub rootfs: Vec<Mount>,
+    /// Where its standard streams go.
+    pub streams: Streams,
+}
+
+/// Why a container was not made: the stage that failed, and its cause.
+#[derive(Debug, thiserror::Error)]
+pub enum CreateError {
+    /// The machine has ended, or is about to.
+    #[error("The sandbox takes no more containers")]
+    Ended,
+    /// The name is taken.
+    #[error("A container {0} exists already")]
+    Exists(Id),
+    /// The root file system.
+    #[error("Cannot mount the container's root file system")]
+    Rootfs(#[source] ResourceError),
+    /// A volume.
+    #[error("Cannot mount a volume of the container")]
+    Volume(#[source] ResourceError),
+    /// The specification.
+    #[error("OCI runtime create failed")]
+    Spec(#[from] SpecError),
+    /// A standard stream.
+    #[error("Cannot set up the container's standard streams")]
+    Stdio(#[from] StdioError),
+    /// A standard stream's connection.
+    #[error("Cannot set up the container's standard streams")]
+    Stream(#[from] ConnectError),
+    /// The agent, in runc's words.
+    #[error("OCI runtime create failed")]
+    Agent(#[source] AgentError),
+}
+
+/// The host's ports by which the agent knows the streams of a process; `NULL_STREAM_PORT` where there is none.
+pub(super) struct Ports {
+    pub(super) stdin: u32,
+    pub(super) stdout: u32,
+    pub(super) stderr: u32,
+}
+
+impl Sandbox {
+    /// Makes a container. When this fails, nothing of the container is left.
+    pub async fn create_container(self: &Arc<Self>, request: ContainerRequest) -> Result<Arc<Container>, CreateError> {
+        let guest = self.guest().map_err(|_| CreateError::Ended)?;
+        if *self.state.borrow() != State::Running {
+            return Err(CreateError::Ended);
+        }
+        if self.container(&request.id).is_some() {
+            return Err(CreateError::Exists(request.id));
+        }
+        let (share, mut guest_request) = self.prepare(&request)?;
+        let (stdio, ends) = Stdio::open(&request.streams, request.id.as_str(), &self.namespace).await?;
+        // Before the process is made: a terminal may echo its client's first words.
+        let first_output = request.streams.fifo_of_stdout().and_then(|fifo| FirstOutput::watch(&fifo));
+        let ports = connect_streams(&guest, ends).await?;
+        guest_request.stdin_port = ports.stdin;
+        guest_request.stdout_port = ports.stdout;
+        guest_request.stderr_port = ports.stderr;
+        guest.agent.create_container(&guest_request).await.map_err(CreateError::Agent)?;
+
+        let process = Process::new(request.streams, None);
+        process.keep_stdio(Arc::new(stdio));
+        let container = Arc::new(Container::new(request.id.clone(), request.bundle, process, share));
+        lock(&self.containers).insert(request.id, Arc::clone(&container));
+        if self.is_made_by(&container.id) {
+            self.report_start(&container, first_output);
+        }
+        Ok(container)
+    }
+
+    /// The host's part: root file system and volumes in the share, and the specification in the guest's terms.
+    fn prepare(&self, request: &ContainerRequest) -> Result<(ContainerShare, CreateContainerRequest), CreateError> {
+        let resources = lock(&self.resources);
+        let share = &resources.as_ref().ok_or(CreateError::Ended)?.share;
+        let mut share = share.add_container(&request.id).map_err(CreateError::Rootfs)?;
+        drop(resources);
+        let root = request.spec.root().as_ref().ok_or(SpecError::Missing("root"))?;
+        let bundle_rootfs = request.bundle.join(root.path());
+        let rootfs = share.mount_rootfs(&request.rootfs, &bundle_rootfs).map_err(CreateError::Rootfs)?;
+        let mounts = request.spec.mounts().as_deref().unwrap_or_default();
+        let mounts = volumes::translate(mounts, &mut share).map_err(CreateError::Volume)?;
+        let with_seccomp = !self.config.runtime.disable_guest_seccomp;
+        let translated = oci::for_guest(&request.spec, &request.id, rootfs, mounts, with_seccomp)?;
+        if !translated.left_out.is_empty() {
+            tracing::warn!(container = %request.id, parts = translated.left_out.join(", "), "Not in the guest");
+        }
+        let guest_request = CreateContainerRequest {
+            container_id: request.id.to_string(),
+            exec_id: request.id.to_string(),
+            OCI: Some(translated.spec).into(),
+            sandbox_pidns: translated.sandbox_pidns,
+            ..CreateContainerRequest::default()
+        };
+        Ok((share, guest_request))
+    }
+
+    /// Opens and ties the streams of an added process.
+    pub(super) async fn open_streams(
+        &self,
+        guest: &Guest,
+        container: &Id,
+        streams: &Streams,
+    ) -> Result<(Stdio, Ports), SandboxError> {
+        let (stdio, ends) = Stdio::open(streams, container.as_str(), &self.namespace).await?;
+        Ok((stdio, connect_streams(guest, ends).await?))
+    }
+}
+
+/// Ties descriptors to connections of their own, all at once.
+async fn connect_streams(guest: &Guest, ends: GuestEnds) -> Result<Ports, ConnectError> {
+    let connect = async |end: Option<HostEnd>| match end {
+        Some(end) => guest.connect_stream(end).await,
+        None => Ok(NULL_STREAM_PORT),
+    };
+    let (stdin, stdout, stderr) = tokio::try_join!(
+        connect(ends.stdin.map(HostEnd::Source)),
+        connect(ends.stdout.map(HostEnd::Sink)),
+        connect(ends.stderr.map(HostEnd::Sink)),
+    )?;
+    Ok(Ports { stdin, stdout, stderr })
+}

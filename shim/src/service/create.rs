@@ -1,0 +1,148 @@
+//! Create: a container, and with the first one the sandbox.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use containerd_shim_protos::api::CreateTaskRequest;
+use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
+use containerd_shim_protos::topics::TASK_CREATE_EVENT_TOPIC;
+use oci_spec::runtime::Spec;
+
+use super::error::ServiceError;
+use super::{TaskService, options};
+use crate::config::Config;
+use crate::container::Container;
+use crate::container::stdio::Streams;
+use crate::ids::Id;
+use crate::log;
+use crate::oci::{self, Role};
+use crate::resources::cgroup::CgroupPath;
+use crate::resources::mount::Mount;
+use crate::sandbox::{ContainerRequest, Sandbox, SandboxRequest, reported_pid, trace};
+
+impl TaskService {
+    /// Makes a container. When this fails, nothing of it is left, nor of a sandbox that was started for it.
+    pub(super) async fn create_task(&self, request: CreateTaskRequest) -> Result<(), ServiceError> {
+        let t0 = trace::now();
+        if !request.checkpoint.is_empty() {
+            return Err(ServiceError::Unsupported("Restoring from a checkpoint"));
+        }
+        let id = Id::try_from(request.id.as_str())?;
+        let bundle = PathBuf::from(&request.bundle);
+        let spec = oci::load(&bundle)?;
+        let role = Role::of(&spec.annotations().clone().unwrap_or_default())?;
+
+        let container_request = ContainerRequest {
+            id,
+            bundle,
+            spec,
+            rootfs: request.rootfs.iter().map(mount).collect(),
+            streams: Streams {
+                stdin: request.stdin.clone(),
+                stdout: request.stdout.clone(),
+                stderr: request.stderr.clone(),
+                terminal: request.terminal,
+            },
+        };
+        let starting = self.starting.lock().await;
+        let (sandbox, container) = tokio::select! {
+            made = self.create_in_sandbox(&role, container_request, &request, t0) => made?,
+            () = self.shutdown_requested() => return Err(ServiceError::Ending),
+        };
+        drop(starting);
+        self.publish_create(request);
+        sandbox.watch_exit(&container, None, &container.init);
+        Ok(())
+    }
+
+    /// Finds or starts the sandbox and makes the container in it.
+    async fn create_in_sandbox(
+        &self,
+        role: &Role,
+        container: ContainerRequest,
+        request: &CreateTaskRequest,
+        t0: u64,
+    ) -> Result<(Arc<Sandbox>, Arc<Container>), ServiceError> {
+        let sandbox = match role {
+            Role::Sandbox => self.start_sandbox(&container.id, &container.spec, request, t0).await?,
+            Role::Member { sandbox } => self
+                .sandbox()
+                .filter(|running| running.id == *sandbox)
+                .ok_or_else(|| ServiceError::NoSandbox { container: container.id.clone(), sandbox: sandbox.clone() })?,
+        };
+        match sandbox.create_container(container).await {
+            Ok(container) => Ok((sandbox, container)),
+            Err(error) => {
+                if *role == Role::Sandbox {
+                    sandbox.stop().await;
+                    self.set_sandbox(None);
+                }
+                Err(error.into())
+            }
+        }
+    }
+
+    async fn start_sandbox(
+        &self,
+        id: &Id,
+        spec: &Spec,
+        request: &CreateTaskRequest,
+        t0: u64,
+    ) -> Result<Arc<Sandbox>, ServiceError> {
+        if let Some(running) = self.sandbox() {
+            return Err(ServiceError::Occupied(running.id.clone()));
+        }
+        log::set_sandbox(id);
+        let path = options::config_path(request.options.as_ref()).map_err(ServiceError::Options)?;
+        let (config, notices) = Config::load(path.as_deref())?;
+        log::set_level(config.runtime.log_level);
+        for notice in notices {
+            tracing::warn!("{notice}");
+        }
+        let cgroups_path = spec.linux().as_ref().and_then(|linux| linux.cgroups_path().as_ref());
+        let sandbox_request = SandboxRequest {
+            id: id.clone(),
+            namespace: self.namespace.clone(),
+            socket: self.socket.clone(),
+            hostname: hostname(spec, id),
+            cgroup: cgroups_path.and_then(|path| CgroupPath::parse(path.to_str()?)),
+            t0,
+        };
+        let sandbox = Sandbox::start(sandbox_request, config, &self.run_dir, Arc::clone(&self.events)).await?;
+        self.set_sandbox(Some(Arc::clone(&sandbox)));
+        Ok(sandbox)
+    }
+
+    fn publish_create(&self, request: CreateTaskRequest) {
+        let io = TaskIO {
+            stdin: request.stdin,
+            stdout: request.stdout,
+            stderr: request.stderr,
+            terminal: request.terminal,
+            ..TaskIO::default()
+        };
+        // The event's mounts are another generated type with the same fields; nobody reads them.
+        let event = TaskCreate {
+            container_id: request.id,
+            bundle: request.bundle,
+            io: Some(io).into(),
+            pid: reported_pid(),
+            ..TaskCreate::default()
+        };
+        self.events.publish(TASK_CREATE_EVENT_TOPIC, &event);
+    }
+}
+
+/// The specification's host name, or the sandbox's name, as far as the kernel takes it (`__NEW_UTS_LEN`).
+fn hostname(spec: &Spec, id: &Id) -> String {
+    const LONGEST: usize = 64;
+    let mut name = spec.hostname().clone().filter(|name| !name.is_empty()).unwrap_or_else(|| id.to_string());
+    while name.len() > LONGEST {
+        name.pop();
+    }
+    name
+}
+
+fn mount(mount: &containerd_shim_protos::api::Mount) -> Mount {
+    Mount { fs_type: mount.type_.clone(), source: mount.source.clone(), options: mount.options.clone() }
+}
