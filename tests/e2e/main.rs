@@ -1,0 +1,35 @@
+//! End-to-end tests: containers through real containerd, on a host with KVM.
+//!
+//! Run by `nested-host test`, one at a time. Whatever both runtimes must do is tested with both:
+//! a test that fails with runc is wrong itself.
+
+/// Makes a test for each runtime of each named function, which takes a `&Scene`.
+macro_rules! for_both_runtimes {
+    ($($test:ident),+ $(,)?) => {
+        mod runc {
+            $(#[test] fn $test() { inlay_tests::harness::play(inlay_tests::harness::Runtime::Runc, super::$test); })+
+        }
+        mod inlay {
+            $(#[test] fn $test() { inlay_tests::harness::play(inlay_tests::harness::Runtime::Inlay, super::$test); })+
+        }
+    };
+}
+use for_both_runtimes;
+
+/// Makes a test for Inlay of each named function, which takes a `&Scene`.
+macro_rules! for_inlay {
+    ($($test:ident),+ $(,)?) => {
+        mod inlay {
+            $(#[test] fn $test() { inlay_tests::harness::play(inlay_tests::harness::Runtime::Inlay, super::$test); })+
+        }
+    };
+}
+use for_inlay;
+
+mod config;
+mod containers;
+mod faults;
+mod guest;
+mod host;
+mod processes;
+mod stdio;

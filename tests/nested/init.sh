@@ -1,0 +1,26 @@
+#!/bin/busybox sh
+# PID 1 of the nested host's initrd. The kernel's command line names the program to go on with:
+# inlay.inside=PATH, a path on the machine whose root is shared with us.
+set -e
+busybox=/bin/busybox
+$busybox mount -t proc proc /proc
+$busybox mount -t sysfs sysfs /sys
+$busybox mount -t devtmpfs devtmpfs /dev
+
+while read -r module; do
+    $busybox insmod "/modules/$module.ko"
+done < /modules/order
+
+# The machine's root is below, and everything written goes to memory: nothing done here can hurt it.
+$busybox mount -t virtiofs -o ro root /lower
+$busybox mount -t tmpfs -o size=75% tmpfs /upper
+$busybox mkdir /upper/data /upper/work
+$busybox mount -t overlay -o lowerdir=/lower,upperdir=/upper/data,workdir=/upper/work overlay /root
+
+for dir in proc sys dev; do
+    $busybox mount --move "/$dir" "/root/$dir"
+done
+for word in $($busybox cat /root/proc/cmdline); do
+    case $word in inlay.inside=*) inside=${word#inlay.inside=} ;; esac
+done
+exec $busybox switch_root /root "$inside" inside

@@ -1,0 +1,15 @@
+//! What the end-to-end tests use inside the host: containerd, its runtimes, and a comparer of the
+//! host's state before and after.
+
+mod containerd;
+mod memory;
+mod scene;
+mod state;
+mod terminal;
+pub mod trace;
+
+pub use containerd::{Containerd, HOME, Output, unique};
+pub use memory::Pss;
+pub use scene::{CONFIGURATION, Parts, Runtime, Scene, configure, containerd, play};
+pub use state::HostState;
+pub use terminal::converse;

@@ -1,0 +1,60 @@
+//! The trace lines that the shim writes: the seven moments of each start.
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use serde::Deserialize;
+
+/// The moments of one start, in nanoseconds of the monotonic clock.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Start {
+    t0: u64,
+    t1: u64,
+    t2: u64,
+    t3: u64,
+    t4: u64,
+    t5: u64,
+    t6: u64,
+}
+
+/// What happens between one moment and the next.
+pub const STAGES: [&str; 6] = [
+    "T0→T1 request to KVM VM",
+    "T1→T2 to the first guest instruction",
+    "T2→T3 to the guest's init",
+    "T3→T4 to the agent's answer",
+    "T4→T5 to the started process",
+    "T5→T6 to its first output",
+];
+
+impl Start {
+    /// Every start that the file has a line of.
+    pub fn read(path: &Path) -> Result<Vec<Self>> {
+        let text = fs::read_to_string(path).with_context(|| format!("Cannot read {}", path.display()))?;
+        let parse = |line| serde_json::from_str(line).with_context(|| format!("Not a trace line: {line}"));
+        text.lines().map(parse).collect()
+    }
+
+    /// Length of each of the [`STAGES`].
+    pub fn stages(&self) -> [Duration; 6] {
+        let moments = [self.t0, self.t1, self.t2, self.t3, self.t4, self.t5, self.t6];
+        std::array::from_fn(|n| between(moments[n], moments[n + 1]))
+    }
+
+    /// T0 to T4: until the agent answers.
+    pub fn to_agent(&self) -> Duration {
+        between(self.t0, self.t4)
+    }
+
+    /// T0 to T6: until the first byte of output.
+    pub fn to_output(&self) -> Duration {
+        between(self.t0, self.t6)
+    }
+}
+
+/// The moments come from several threads: a later one may be recorded a moment too early.
+fn between(from: u64, to: u64) -> Duration {
+    Duration::from_nanos(to.saturating_sub(from))
+}
