@@ -1,0 +1,108 @@
+//! Containers through real containerd: Inlay beside runc, in turns, on the host that this runs in.
+//! Prints Markdown tables.
+//!
+//! ```text
+//! containers [RUNS]
+//! ```
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use benches::table::{markdown, median, milliseconds};
+use inlay_tests::harness::trace::{STAGES, Start};
+use inlay_tests::harness::{HOME, Parts, Pss, Runtime, configure, containerd, unique};
+use inlay_tests::images;
+
+const DEFAULT_RUNS: usize = 10;
+
+fn main() -> Result<()> {
+    let runs = match std::env::args().nth(1) {
+        Some(text) => text.parse().context("The number of runs is no number")?,
+        None => DEFAULT_RUNS,
+    };
+    let parts = Parts::find();
+    configure(&parts.configuration(""))?;
+
+    // Once each, uncounted: the caches of a host that runs containers are warm.
+    for runtime in [Runtime::Runc, Runtime::Inlay] {
+        run(runtime)?;
+    }
+    let trace = Path::new(HOME).join("trace.jsonl");
+    fs::remove_file(&trace).context("No start was traced")?;
+
+    let (mut runc, mut inlay) = (Vec::new(), Vec::new());
+    for _ in 0..runs {
+        runc.push(run(Runtime::Runc)?);
+        inlay.push(run(Runtime::Inlay)?);
+    }
+    println!("### `ctr run --rm … echo .`, median of {runs} in turns\n");
+    println!("{}", walls(runc, inlay));
+    println!("### The stages of a cold start, medians of the same {runs}\n");
+    println!("{}", stages(&Start::read(&trace)?));
+    println!("### Memory and disk\n");
+    print!("{}", memory_and_disk(&parts)?);
+    Ok(())
+}
+
+/// One container's whole life.
+fn run(runtime: Runtime) -> Result<Duration> {
+    let id = unique("bench");
+    let output = containerd().ctr(&["run", "--rm", "--runtime", runtime.name(), images::BUSYBOX, &id, "echo", "."]);
+    ensure!(output.status.success() && output.stdout == ".\n", "{} has failed: {output:#?}", runtime.name());
+    Ok(output.wall)
+}
+
+fn walls(runc: Vec<Duration>, inlay: Vec<Duration>) -> String {
+    let anchor = median(runc.iter().copied());
+    let row = |name: &str, walls: Vec<Duration>| {
+        let middle = median(walls.iter().copied());
+        let least = walls.iter().min().copied().unwrap_or_default();
+        let most = walls.iter().max().copied().unwrap_or_default();
+        let ratio = format!("{:.2}", middle.as_secs_f64() / anchor.as_secs_f64());
+        vec![name.to_owned(), milliseconds(middle), milliseconds(least), milliseconds(most), ratio]
+    };
+    let head = ["runtime", "median", "least", "most", "over runc"].map(String::from).to_vec();
+    markdown(&[head, row("runc", runc), row("Inlay", inlay)])
+}
+
+fn stages(starts: &[Start]) -> String {
+    let mut rows = vec![["stage", "median"].map(String::from).to_vec()];
+    for (index, stage) in STAGES.iter().enumerate() {
+        let time = median(starts.iter().filter_map(|start| start.stages().get(index).copied()));
+        rows.push(vec![(*stage).to_owned(), milliseconds(time)]);
+    }
+    rows.push(vec!["T0→T4 until the agent answers".into(), milliseconds(median(starts.iter().map(Start::to_agent)))]);
+    rows.push(vec!["T0→T6 until the first output".into(), milliseconds(median(starts.iter().map(Start::to_output)))]);
+    markdown(&rows)
+}
+
+fn memory_and_disk(parts: &Parts) -> Result<String> {
+    let id = unique("bench-idle");
+    let ctr = |args: &[&str]| containerd().ctr(args);
+    let args = ["run", "--detach", "--runtime", Runtime::Inlay.name(), images::BUSYBOX, &id, "sleep", "1000"];
+    ensure!(ctr(&args).status.success(), "An idle container cannot be started");
+    let tasks = ctr(&["task", "list"]).ok().stdout;
+    let line = tasks.lines().find(|line| line.starts_with(&id)).context("The idle container is not listed")?;
+    let pid = line.split_whitespace().nth(1).context("No process is listed")?.parse()?;
+    let pss = Pss::of(pid)?;
+    let free = ctr(&["task", "exec", "--exec-id", "free", &id, "free", "-k"]).ok().stdout;
+    let numbers = free.lines().find(|line| line.starts_with("Mem:")).context("free printed no memory")?;
+    let numbers: Vec<&str> = numbers.split_whitespace().collect();
+    ctr(&["task", "delete", "--force", &id]);
+    ctr(&["container", "delete", &id]);
+
+    let size = |path: &Path| Ok::<_, anyhow::Error>(format!("{} bytes", fs::metadata(path)?.len()));
+    let row = |what: &str, figure: String, budget: &str| vec![what.to_owned(), figure, budget.to_owned()];
+    Ok(markdown(&[
+        row("", "measured".into(), "budget"),
+        row("PSS of the shim process without guest RAM", format!("{} KiB", pss.own), "12 MiB"),
+        row("PSS of guest RAM, idle container", format!("{} KiB", pss.guest), ""),
+        row("memory in the guest", format!("{} KiB", numbers.get(1).unwrap_or(&"?")), ""),
+        row("used in the guest", format!("{} KiB", numbers.get(2).unwrap_or(&"?")), "25 MB"),
+        row("guest kernel", size(&parts.kernel)?, "20 MB with the initrd"),
+        row("minimal initrd", size(&parts.initrd)?, "6 MB"),
+        row("inlay", size(&parts.shim)?, ""),
+    ]))
+}

@@ -1,0 +1,5 @@
+//! What the measurements have in common: running a program and reading off what it cost.
+
+pub mod guest;
+pub mod process;
+pub mod table;
