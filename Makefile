@@ -1,0 +1,80 @@
+# Inlay: what a person needs to know is `make demo`, `make test` and `make help`.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+
+CACHE   ?= $(or $(INLAY_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/inlay)
+PREFIX  ?= /usr/local
+DESTDIR ?=
+
+GUEST   := target/guest
+TARGET  := x86_64-unknown-linux-gnu
+AGENT   := target-guest/$(TARGET)/guest/inlay-agent
+INLAY   := target/release/inlay
+HOST    := target/debug/nested-host
+
+.PHONY: help demo test bench guest install setup build lint unit e2e deny FORCE
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: build guest ## Set everything up and run containers in microVMs through real containerd
+	$(HOST) setup
+	$(HOST) demo
+
+test: setup lint unit e2e ## Set everything up and run every test
+
+bench: build guest ## Measure, print tables, and write docs/performance.md
+	$(HOST) setup
+	cargo build --release -p benches --bins
+	target/release/report
+
+guest: setup ## Build the guest's kernel and initrds (cached by content)
+	guest/kernel/build --out $(GUEST)
+	guest/kernel/check-cuts $(GUEST)/kernel-config
+	$(MAKE) --no-print-directory $(AGENT)
+	cargo build -q --release -p guest-image
+	for flavour in minimal full; do \
+	    target/release/inlay-image --manifest guest/image/manifests/$$flavour.toml --agent $(AGENT) \
+	        --cache $(CACHE)/packages --out $(GUEST)/inlay-$$flavour.initrd; \
+	done
+
+install: build guest ## Install inlay, its shim name and the guest below PREFIX (default /usr/local)
+	install -D -m 755 $(INLAY) $(DESTDIR)$(PREFIX)/bin/inlay
+	ln -sf inlay $(DESTDIR)$(PREFIX)/bin/containerd-shim-inlay-v2
+	install -D -m 644 -t $(DESTDIR)/usr/share/inlay $(GUEST)/vmlinux $(GUEST)/inlay-minimal.initrd $(GUEST)/inlay-full.initrd
+	test -e $(DESTDIR)/etc/inlay/configuration.toml || \
+	    install -D -m 644 deploy/configuration.toml $(DESTDIR)/etc/inlay/configuration.toml
+
+setup: ## Install the Debian packages that building and testing need, after naming them
+	@deploy/setup
+
+build: setup ## Build the host's programs
+	cargo build --release -p inlay
+	cargo build -p inlay-tests --bins
+
+lint: setup ## Formatting and clippy, where this toolchain has them
+	@if cargo fmt --version >/dev/null 2>&1; then cargo fmt --all --check; else echo "skipped: no rustfmt in this toolchain"; fi
+	@if cargo clippy --version >/dev/null 2>&1; then cargo clippy -q --workspace --all-targets -- -D warnings; \
+	    else echo "skipped: no clippy in this toolchain"; fi
+
+unit: setup $(AGENT) ## Unit tests, and tests on this machine's own /dev/kvm where it has one
+	cargo test --workspace
+
+e2e: build guest ## Containers through real containerd, in the nested host where there is no virtualization
+	$(HOST) setup
+	$(HOST) test
+
+deny: ## Check the licences of everything that is linked (needs cargo-deny)
+	cargo deny check licenses bans sources
+
+# The agent is static and carries the C library of libseccomp: the target's flags must not reach build scripts, so
+# the target is named.
+$(AGENT): export RUSTFLAGS := -C target-feature=+crt-static
+$(AGENT): export LIBSECCOMP_LINK_TYPE := static
+$(AGENT): export LIBSECCOMP_LIB_PATH := /usr/lib/x86_64-linux-gnu
+$(AGENT): setup FORCE
+	cargo build -p guest-agent --profile guest --target $(TARGET) --target-dir target-guest
+
+FORCE:
