@@ -7,8 +7,14 @@ $busybox mount -t proc proc /proc
 $busybox mount -t sysfs sysfs /sys
 $busybox mount -t devtmpfs devtmpfs /dev
 
+# MODULE.PARAMETER=VALUE on the command line is for insmod to pass on.
 while read -r module; do
-    $busybox insmod "/modules/$module.ko"
+    options=
+    for word in $($busybox cat /proc/cmdline); do
+        case $word in "$module".*) options="$options ${word#"$module".}" ;; esac
+    done
+    # shellcheck disable=SC2086
+    $busybox insmod "/modules/$module.ko" $options
 done < /modules/order
 
 # The machine's root is below, and everything written goes to memory: nothing done here can hurt it.

@@ -135,6 +135,12 @@ struct HostArgs {
     /// QEMU's program.
     #[arg(long, default_value = "qemu-system-x86_64")]
     qemu: PathBuf,
+    /// QEMU's accelerator, with its options.
+    #[arg(long, default_value = "tcg,thread=multi,tb-size=1024")]
+    accel: String,
+    /// More words for the kernel's command line; `kvm_amd.npt=0` and its like reach the modules.
+    #[arg(long, default_value = "")]
+    append: String,
     /// How often a run is tried again after a failure of the nested host itself.
     #[arg(long, default_value_t = 5)]
     host_retries: u32,
@@ -145,8 +151,8 @@ struct HostArgs {
 
 impl HostArgs {
     fn session(self) -> Result<Session> {
-        let shape = Shape { qemu: self.qemu, cpu: self.cpu, smp: self.smp, memory: self.memory };
-        Session::new(shape, self.host_retries, self.artefacts)
+        let Self { smp, memory, cpu, qemu, accel, append, .. } = self;
+        Session::new(Shape { qemu, cpu, smp, memory, accel, append }, self.host_retries, self.artefacts)
     }
 }
 

@@ -5,6 +5,7 @@
 
 use std::ffi::OsString;
 use std::fs::File;
+use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
@@ -12,6 +13,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{self, Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
@@ -35,6 +37,16 @@ const OPEN_FILES: u32 = 1_000_000;
 const COMMAND_LINE: &str = "console=ttyS0 loglevel=5 oops=panic panic=-1 reboot=t mitigations=off nokaslr \
                             nowatchdog no_timer_check random.trust_cpu=on";
 
+/// What the monitor is asked of a host that has stopped.
+const INSPECT: &[u8] = b"info registers -a\ncpu 0\ninfo lapic\nx /96gx $rsp\ncpu 1\ninfo lapic\nx /96gx $rsp\n";
+
+/// How often it is asked, and how long its answer may pause.
+const INSPECT_LOOKS: u32 = 4;
+const INSPECT_PAUSE: Duration = Duration::from_secs(2);
+
+/// How much of one answer is kept.
+const INSPECT_BYTES: u64 = 64 << 10;
+
 /// The shape of the machine that QEMU emulates.
 #[derive(Clone, Debug)]
 pub struct Shape {
@@ -46,12 +58,18 @@ pub struct Shape {
     pub smp: u32,
     /// Memory, in QEMU's notation.
     pub memory: String,
+    /// QEMU's accelerator, with its options.
+    pub accel: String,
+    /// Words for the kernel's command line, after our own.
+    pub append: String,
 }
 
 /// A running nested host; dropped, it is gone.
 pub struct Qemu {
     /// QEMU first: it is the one whose end matters.
     processes: Vec<Child>,
+    /// Our end of QEMU's monitor.
+    monitor: UnixStream,
 }
 
 impl Qemu {
@@ -60,19 +78,20 @@ impl Qemu {
     /// Must be called on the main thread: the kernel sends the parent-death signal when the thread
     /// that started a process ends, not when its process does.
     pub fn start(shape: &Shape, image: &Image, artefacts: &Path) -> Result<(Self, UnixStream)> {
-        let mut host = Self { processes: Vec::new() };
+        let (monitor, commands) = UnixStream::pair()?;
+        let mut host = Self { processes: Vec::new(), monitor };
         let root = host.share("root", Path::new("/"), "always", artefacts)?;
         let output = host.share(ARTEFACTS_TAG, artefacts, "auto", artefacts)?;
         let (ours, theirs) = UnixStream::pair()?;
 
         let inside = std::env::current_exe().context("Cannot find this program's own path")?;
         let mut command = Command::new(&shape.qemu);
-        command.args(["-accel", "tcg,thread=multi,tb-size=1024", "-nodefaults", "-no-user-config", "-no-reboot"]);
+        command.args(["-accel", &shape.accel, "-nodefaults", "-no-user-config", "-no-reboot"]);
         command.args(["-display", "none", "-machine", "q35,memory-backend=memory"]);
         command.args(["-cpu", &shape.cpu, "-smp", &shape.smp.to_string(), "-m", &shape.memory]);
         command.args(["-object", &format!("memory-backend-memfd,id=memory,size={},share=on", shape.memory)]);
         command.arg("-kernel").arg(&image.kernel).arg("-initrd").arg(&image.initrd);
-        command.arg("-append").arg(format!("{COMMAND_LINE} inlay.inside={}", inside.display()));
+        command.arg("-append").arg(format!("{COMMAND_LINE} {} inlay.inside={}", shape.append, inside.display()));
         command.arg("-serial").arg(joined("file:", &artefacts.join("console.log")));
         command.args([
             "-device",
@@ -81,12 +100,13 @@ impl Qemu {
             &format!("socket,id=channel,fd={}", theirs.as_raw_fd()),
         ]);
         command.args(["-device", &format!("virtserialport,chardev=channel,name={PORT}")]);
+        command.args(["-chardev", &format!("socket,id=monitor,fd={}", commands.as_raw_fd()), "-mon", "monitor"]);
         for (tag, socket) in [("root", &root), (ARTEFACTS_TAG, &output)] {
             command.args(["-chardev", &format!("socket,id={tag},fd={}", socket.as_raw_fd())]);
             command.args(["-device", &format!("vhost-user-fs-pci,chardev={tag},tag={tag},queue-size=1024")]);
         }
         let log = File::create(artefacts.join("qemu.log"))?;
-        let fds = [theirs.as_raw_fd(), root.as_raw_fd(), output.as_raw_fd()];
+        let fds = [theirs.as_raw_fd(), commands.as_raw_fd(), root.as_raw_fd(), output.as_raw_fd()];
         host.processes.insert(0, spawn(command, &fds, log)?);
         Ok((host, ours))
     }
@@ -94,6 +114,17 @@ impl Qemu {
     /// QEMU's exit status, if it has ended.
     pub fn ended(&mut self) -> Option<ExitStatus> {
         self.processes.first_mut()?.try_wait().ok()?
+    }
+
+    /// What the processors of a host that has stopped are doing: several looks at their registers and stacks.
+    pub fn inspect(&self) -> String {
+        let mut seen = Vec::new();
+        let _ = self.monitor.set_read_timeout(Some(INSPECT_PAUSE));
+        for _ in 0..INSPECT_LOOKS {
+            let _ = (&self.monitor).write_all(INSPECT);
+            let _ = (&self.monitor).take(INSPECT_BYTES).read_to_end(&mut seen);
+        }
+        String::from_utf8_lossy(&seen).into_owned()
     }
 
     /// Starts a virtiofsd for `source`, and returns a connection to it.

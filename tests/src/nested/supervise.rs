@@ -127,6 +127,9 @@ pub fn run(
             break ending;
         }
     };
+    if matches!(ending, Ending::HostFailed(HostFailure::Stopped | HostFailure::NoBoot)) {
+        fs::write(artefacts.join("processors.log"), qemu.inspect()).context("Cannot keep what the processors do")?;
+    }
     drop(qemu);
     Ok(Run { ending, boot: watch.boot, wall: started.elapsed() })
 }
