@@ -16,6 +16,7 @@ pub mod net;
 pub mod queue;
 #[cfg(test)]
 mod random;
+pub mod rate_limiter;
 pub mod rng;
 pub mod vsock;
 pub mod worker;
