@@ -37,8 +37,8 @@ pub mod observe;
 pub mod vcpu;
 
 pub use config::{
-    BASE_CMDLINE, BlkConfig, BootConfig, FsConfig, MachineConfig, MemoryConfig, NetConfig, Placement, RngConfig,
-    SerialConfig, VsockConfig,
+    BASE_CMDLINE, BlkConfig, BootConfig, FsConfig, MachineConfig, MemoryBacking, MemoryConfig, NetConfig, Placement,
+    RngConfig, SerialConfig, VsockConfig,
 };
 pub use devices::virtio::vsock::{ConnectError, Connector, HostEnd};
 pub use machine::{BuildError, ExitReason, Machine, StateError};

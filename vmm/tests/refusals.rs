@@ -51,7 +51,7 @@ fn impossible_numbers_are_refused() {
     }
     need_kvm!();
     for size in [0, 4097, 1 << 50] {
-        let text = refusal(MachineConfig { memory: MemoryConfig { size }, ..config(kernel.path()) });
+        let text = refusal(MachineConfig { memory: MemoryConfig::from_size(size), ..config(kernel.path()) });
         assert!(text.contains(&format!("A memory of {size} bytes is not possible")), "{text}");
     }
 }

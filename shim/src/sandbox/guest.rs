@@ -175,7 +175,7 @@ fn machine_config(sandbox: &Id, config: &Config, shared: &Path, socket: &Path) -
         initrd: Some(hypervisor.initrd.clone()),
         cmdline: command_line(config),
     };
-    let memory = MemoryConfig { size: hypervisor.memory_mib << 20 };
+    let memory = MemoryConfig::from_size(hypervisor.memory_mib << 20);
     let mut machine = MachineConfig::new(sandbox.as_str(), memory, boot);
     machine.vcpus = u8::try_from(hypervisor.vcpus.get()).unwrap_or(u8::MAX);
     machine.fs = vec![FsConfig {

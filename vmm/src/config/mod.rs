@@ -15,7 +15,7 @@ pub use devices::virtio::vsock::VsockConfig;
 
 pub use crate::memory::image::Placement;
 pub use boot::{BASE_CMDLINE, BootConfig};
-pub use memory::MemoryConfig;
+pub use memory::{MemoryBacking, MemoryConfig};
 pub use rng::RngConfig;
 pub use serial::SerialConfig;
 

@@ -14,7 +14,7 @@ use super::exit::{ExitReason, panic_message};
 use super::{Hardware, Machine};
 use crate::arch::x86_64::{ArchError, cpuid, lapic, layout, msr, regs};
 use crate::bus::Bus;
-use crate::config::{MachineConfig, RngConfig, SerialConfig};
+use crate::config::{MachineConfig, Placement, RngConfig, SerialConfig};
 use crate::irq;
 use crate::memory::{self, MemoryError};
 use crate::observe::TracePoints;
@@ -74,6 +74,8 @@ impl Machine {
         let mut cmdline = boot::parse_cmdline(&boot)?;
         let kvm = open_kvm()?;
         let memory = memory::reserve(&memory_config)?;
+        // What is mapped over the memory is not in the file that other processes map.
+        let images = if memory_config.backing.is_private() { images } else { Placement::Copied };
         let loaded = boot::load(&memory, &boot, images)?;
 
         let trace = Arc::new(TracePoints::default());

@@ -8,12 +8,14 @@ use std::io;
 
 use vm_memory::mmap::{MmapRegion, MmapRegionBuilder, MmapRegionError};
 
+use super::backing::Backing;
+
 /// What the processor maps with one entry of a page directory.
 const HUGE_PAGE: usize = 2 << 20;
 
-/// Maps `size` bytes of private anonymous memory, aligned if the kernel can be brought to it.
-pub fn map(size: usize) -> Result<MmapRegion<()>, MmapRegionError> {
-    let region = build(size)?;
+/// Maps `size` bytes, aligned if the kernel can be brought to it.
+pub fn map(size: usize, backing: Backing) -> Result<MmapRegion<()>, MmapRegionError> {
+    let region = build(size, backing.clone())?;
     if size < HUGE_PAGE || is_aligned(&region) {
         return Ok(region);
     }
@@ -21,16 +23,21 @@ pub fn map(size: usize) -> Result<MmapRegion<()>, MmapRegionError> {
     // The kernel fills the highest gap that is large enough. With something above that ends at the right place, that
     // is where the region ends up; if another thread maps something meanwhile, it may not be, and all still works.
     let spacer = Spacer::above(size);
-    let region = build(size);
+    let region = build(size, backing);
     drop(spacer);
     region
 }
 
-fn build(size: usize) -> Result<MmapRegion<()>, MmapRegionError> {
-    MmapRegionBuilder::new(size)
-        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-        .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
-        .build()
+fn build(size: usize, backing: Backing) -> Result<MmapRegion<()>, MmapRegionError> {
+    let builder = MmapRegionBuilder::new(size).with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
+    let builder = match backing {
+        Backing::Anonymous => builder.with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE),
+        Backing::File { file, shared: true } => builder.with_mmap_flags(libc::MAP_SHARED).with_file_offset(file),
+        Backing::File { file, shared: false } => {
+            builder.with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_NORESERVE).with_file_offset(file)
+        }
+    };
+    builder.build()
 }
 
 fn is_aligned(region: &MmapRegion<()>) -> bool {
@@ -84,8 +91,8 @@ mod tests {
     #[test]
     fn a_region_is_aligned_whatever_lies_above_it() {
         for pages in [1, 7, 300, 511, 513] {
-            let _above = build(pages << 12).expect("map");
-            let region = map((32 << 20) + 0x3000).expect("map");
+            let _above = build(pages << 12, Backing::Anonymous).expect("map");
+            let region = map((32 << 20) + 0x3000, Backing::Anonymous).expect("map");
             assert!(is_aligned(&region), "{pages}");
             assert_eq!(region.size(), (32 << 20) + 0x3000);
         }
