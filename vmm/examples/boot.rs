@@ -77,6 +77,9 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<MachineConfig, E
                     num_request_queues: 1,
                     queue_size: 128,
                     writeback: false,
+                    workers: 2,
+                    xattr: true,
+                    posix_locks: false,
                 });
             }
             "--vsock" => config.vsock = Some(VsockConfig { guest_cid: value()?.parse()?, uds_path: None }),

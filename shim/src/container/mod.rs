@@ -4,7 +4,7 @@ pub mod state;
 pub mod stdio;
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use tokio::sync::watch;
@@ -159,9 +159,11 @@ impl Container {
         all
     }
 
-    /// Gives back the container's place in the share.
-    pub fn release_share(&self) {
-        let share = lock(&self.share).take();
+    /// Gives back the container's place in the share. `forget` is told of each place where something is mounted before
+    /// it is unmounted: whoever has files open there must let go of them.
+    pub fn release_share(&self, forget: impl Fn(&Path)) {
+        let Some(share) = lock(&self.share).take() else { return };
+        share.mount_points().for_each(forget);
         drop(share);
     }
 }

@@ -70,6 +70,13 @@ pub struct Mounted {
     target: PathBuf,
 }
 
+impl Mounted {
+    /// Where it is mounted.
+    pub fn point(&self) -> &Path {
+        &self.target
+    }
+}
+
 impl Drop for Mounted {
     fn drop(&mut self) {
         if let Err(error) = unmount(&self.target) {

@@ -115,6 +115,13 @@ impl ContainerShare {
     }
 }
 
+impl ContainerShare {
+    /// Where the root file system and the volumes are mounted, the latest first.
+    pub fn mount_points(&self) -> impl Iterator<Item = &Path> {
+        self.mounts.iter().rev().map(Mounted::point)
+    }
+}
+
 impl Drop for ContainerShare {
     fn drop(&mut self) {
         // The latest first: a volume may be mounted on another.

@@ -30,6 +30,8 @@ const GUEST_CID: u64 = 3;
 /// Request queues of the shared file system. One is served by one thread.
 const FS_REQUEST_QUEUES: u16 = 1;
 const FS_QUEUE_SIZE: u16 = 128;
+/// One thread for what waits for a disk, and one for data.
+const FS_WORKERS: u16 = 2;
 /// Lines of the guest's console that an error quotes at least, and at most. The log has all that was kept.
 const QUOTED_LINES: std::ops::RangeInclusive<usize> = 12..=40;
 /// How a kernel begins to say why it gives up; the lines after it say where.
@@ -189,6 +191,10 @@ fn machine_config(sandbox: &Id, config: &Config, shared: &Path, socket: &Path) -
         num_request_queues: FS_REQUEST_QUEUES,
         queue_size: FS_QUEUE_SIZE,
         writeback: false,
+        workers: FS_WORKERS,
+        xattr: true,
+        // Nobody but the sandbox writes to its share.
+        posix_locks: false,
     }];
     // The shim itself needs no socket; a person needs one to reach the debug console.
     let uds_path = config.agent.debug_console.then(|| socket.to_owned());

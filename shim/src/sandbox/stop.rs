@@ -1,5 +1,6 @@
 //! Ending a sandbox and giving everything back.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -39,7 +40,8 @@ impl Sandbox {
 
     fn release(&self) {
         for container in self.all_containers() {
-            container.release_share();
+            // The machine is gone, and with it all that it had open.
+            container.release_share(|_| ());
         }
         let resources = lock(&self.resources).take();
         drop(resources);
@@ -74,7 +76,15 @@ impl Sandbox {
         }
         container.init.release_stdio();
         let removed = lock(&self.containers).remove(id);
-        let released = tokio::task::spawn_blocking(move || removed.map(|container| container.release_share())).await;
+        let guest = self.guest().ok();
+        let forget = move |mounted: &Path| {
+            // A guest's memory of a name keeps the mount busy and removed files on the disk.
+            if let Some(Err(error)) = guest.as_ref().map(|guest| guest.machine().release_mount(mounted)) {
+                tracing::warn!(mount = %mounted.display(), %error, "The guest does not let go of a mount");
+            }
+        };
+        let release = move || removed.map(|container| container.release_share(forget));
+        let released = tokio::task::spawn_blocking(release).await;
         if let Err(error) = released {
             tracing::error!(%error, "Giving back a container's resources panicked");
         }

@@ -13,7 +13,7 @@ use devices::legacy::{
     Serial,
 };
 use devices::virtio::blk::{Blk, BlkConfig, BlkError};
-use devices::virtio::fs::{Fs, FsConfig, FsError};
+use devices::virtio::fs::{Fs, FsConfig, FsError, ShareControl};
 use devices::virtio::mmio::QUEUE_NOTIFY;
 use devices::virtio::net::{Net, NetConfig};
 use devices::virtio::rng::Rng;
@@ -110,8 +110,11 @@ impl<'a> VirtioSlots<'a> {
         Self { vm, memory, bus, cmdline, lines, next_window: layout::MMIO_GAP_START, loops }
     }
 
-    pub(super) fn fs(&mut self, config: FsConfig) -> Result<(), AttachError> {
-        self.attach(Box::new(Fs::new(config)?), Role::Fs)
+    pub(super) fn fs(&mut self, config: FsConfig) -> Result<ShareControl, AttachError> {
+        let fs = Fs::new(config)?;
+        let control = fs.control();
+        self.attach(Box::new(fs), Role::Fs)?;
+        Ok(control)
     }
 
     pub(super) fn blk(&mut self, config: BlkConfig) -> Result<(), AttachError> {

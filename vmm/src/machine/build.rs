@@ -87,7 +87,7 @@ impl Machine {
         let mut mmio = Bus::default();
         let mut slots = VirtioSlots::new(&vm, &memory, &mut mmio, &mut cmdline);
         // The guest names devices of a kind by this order.
-        fs.into_iter().try_for_each(|config| slots.fs(config))?;
+        let shares = fs.into_iter().map(|config| slots.fs(config)).collect::<Result<_, _>>()?;
         blk.into_iter().try_for_each(|config| slots.blk(config))?;
         net.into_iter().try_for_each(|config| slots.net(config))?;
         let vsock = vsock.map(|config| slots.vsock(config)).transpose()?;
@@ -102,7 +102,7 @@ impl Machine {
         let buses = Buses { port: Arc::new(port), mmio: Arc::new(mmio) };
         spawn_processors(processors, &buses, &control, &trace)?;
         let hardware = Mutex::new(Some(Hardware { _vm: vm, _memory: memory }));
-        Ok(Self { name, control, trace, serial, vsock, loops, hardware })
+        Ok(Self { name, control, trace, serial, vsock, shares, loops, hardware })
     }
 }
 

@@ -9,12 +9,15 @@ mod run;
 mod stop;
 
 use std::fmt;
+use std::io;
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use kvm_ioctls::VmFd;
 
 use devices::GuestMemory;
 use devices::legacy::Serial;
+use devices::virtio::fs::ShareControl;
 use devices::virtio::vsock::Connector;
 
 use crate::event::LoopThread;
@@ -46,6 +49,7 @@ pub struct Machine {
     trace: Arc<TracePoints>,
     serial: Arc<Serial>,
     vsock: Option<Connector>,
+    shares: Vec<ShareControl>,
     loops: Vec<Arc<LoopThread>>,
     /// Gone when the machine was stopped.
     hardware: Mutex<Option<Hardware>>,
@@ -77,6 +81,12 @@ impl Machine {
     /// The way to the guest's sockets, where the machine has a vsock device.
     pub fn vsock(&self) -> Option<Connector> {
         self.vsock.clone()
+    }
+
+    /// Lets go of everything that the guest knows on the mount whose root is `path`, in all shared directories: see
+    /// [`ShareControl::release_mount`]. To be called before unmounting it.
+    pub fn release_mount(&self, path: &Path) -> io::Result<()> {
+        self.shares.iter().try_for_each(|share| share.release_mount(path))
     }
 
     /// Thread identifiers of the processors, in order; for placing them into a cgroup.

@@ -1,6 +1,10 @@
 //! virtio-fs (virtio 1.2 section 5.11): a directory of the host, served in this process.
+//!
+//! `share` is what the requests do to the host, `engine` takes them from the queues, and `pool` has the threads for those
+//! that take long, with the rules on what may overtake what. There is no window for mapping files (DAX).
 
 mod engine;
+mod pool;
 mod share;
 #[cfg(test)]
 mod tests;
@@ -12,8 +16,9 @@ use std::sync::Arc;
 use fuse_backend_rs::api::server::Server;
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 
-use self::engine::{Engine, FsServer};
-use self::share::Share;
+use self::engine::{Engine, Serve};
+use self::pool::Pool;
+use self::share::{Share, Switches};
 use crate::Subscriber;
 use crate::virtio::queue::RING_FEATURES;
 use crate::virtio::{ActivateError, Activation, VirtioDevice, config_space};
@@ -23,6 +28,9 @@ pub const MAX_TAG: usize = 36;
 
 /// Most request queues.
 pub const MAX_REQUEST_QUEUES: u16 = 8;
+
+/// Most threads for requests that wait for a disk.
+pub const MAX_WORKERS: u16 = 16;
 
 /// Sizes of a queue. Linux makes its requests as large as the queue has room for, and 1024 lets
 /// it move the most that FUSE can, 1 MiB, at once.
@@ -56,6 +64,13 @@ pub struct FsConfig {
     /// Lets the guest collect writes in its page cache. Only with [`CachePolicy::Always`] or
     /// [`CachePolicy::Auto`], and only for directories that nobody else writes to.
     pub writeback: bool,
+    /// Threads for requests that wait for a disk, up to [`MAX_WORKERS`]. Without any, such a request holds up all
+    /// others.
+    pub workers: u16,
+    /// Whether there are extended attributes.
+    pub xattr: bool,
+    /// Whether POSIX locks of the guest count on the host. A process that would have to wait for one gets EOPNOTSUPP.
+    pub posix_locks: bool,
 }
 
 /// Why a file system device could not be made.
@@ -70,6 +85,12 @@ pub enum FsError {
     /// The queue size is not a power of two, too small or too large.
     #[error("Queue size {0} must be a power of two from 16 to 1024")]
     QueueSize(u16),
+    /// Too many threads.
+    #[error("{0} worker threads: there may be up to 16")]
+    Workers(u16),
+    /// A thread cannot be started.
+    #[error("Cannot start the worker threads of a shared directory")]
+    Spawn(#[source] io::Error),
     /// The directory cannot be opened.
     #[error("Cannot share the directory {path}")]
     SharedDir {
@@ -86,7 +107,8 @@ pub struct Fs {
     config_space: Vec<u8>,
     queue_sizes: Vec<u16>,
     share: Arc<Share>,
-    server: Arc<FsServer>,
+    serve: Serve,
+    pool: Arc<Pool>,
 }
 
 impl Fs {
@@ -102,18 +124,19 @@ impl Fs {
         if !QUEUE_SIZES.contains(&config.queue_size) || !config.queue_size.is_power_of_two() {
             return Err(FsError::QueueSize(config.queue_size));
         }
-        let share = Share::new(&config.shared_dir, config.cache, config.writeback)
+        if config.workers > MAX_WORKERS {
+            return Err(FsError::Workers(config.workers));
+        }
+        let FsConfig { cache, writeback, xattr, posix_locks, .. } = config;
+        let share = Share::new(&config.shared_dir, Switches { cache, writeback, xattr, posix_locks })
             .map_err(|source| FsError::SharedDir { path: config.shared_dir, source })?;
         let share = Arc::new(share);
+        let serve = engine::serve_with(Server::new(Arc::clone(&share)), posix_locks);
+        let pool = Arc::new(Pool::new(config.workers, &serve).map_err(FsError::Spawn)?);
         tag.resize(MAX_TAG, 0);
         tag.extend(u32::from(config.num_request_queues).to_le_bytes());
         let queues = usize::from(config.num_request_queues).saturating_add(1);
-        Ok(Self {
-            config_space: tag,
-            queue_sizes: vec![config.queue_size; queues],
-            server: Arc::new(Server::new(Arc::clone(&share))),
-            share,
-        })
+        Ok(Self { config_space: tag, queue_sizes: vec![config.queue_size; queues], serve, pool, share })
     }
 
     /// A handle on the shared directory that outlives giving the device to its transport.
@@ -129,7 +152,7 @@ pub struct ShareControl {
 }
 
 impl ShareControl {
-    /// Lets go of everything that the guest knows on the mount whose root is the directory `path`.
+    /// Lets go of everything that the guest knows on the mount whose root is the directory or file `path`.
     ///
     /// A guest remembers names for as long as it has memory for them, and each of them keeps the
     /// mount busy and removed files on the disk. So this goes before unmounting what the guest
@@ -158,7 +181,7 @@ impl VirtioDevice for Fs {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<Subscriber, ActivateError> {
-        Ok(Box::new(Engine::new(activation, Arc::clone(&self.server))))
+        Ok(Box::new(Engine::new(activation, Arc::clone(&self.serve), Arc::clone(&self.pool))))
     }
 
     fn reset(&mut self) {

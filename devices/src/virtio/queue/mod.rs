@@ -8,6 +8,7 @@ mod chain;
 mod tests;
 
 use std::num::Wrapping;
+use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VRING_AVAIL_F_NO_INTERRUPT};
@@ -123,9 +124,13 @@ impl VirtQueue {
 
     /// Like [`pop`](Self::pop), for crates that want rust-vmm's own view of a chain. The chain was
     /// checked, but what is read through it is read a second time and may have changed: take
-    /// nothing for granted. Complete it with [`add_used_head`](Self::add_used_head).
-    pub fn pop_descriptor_chain(&mut self) -> Result<Option<DescriptorChain<&GuestMemory>>, QueueError> {
-        let next = self.queue.iter(&self.memory).map_err(QueueError::AvailRing)?.next();
+    /// nothing for granted. Complete it with [`add_used_head`](Self::add_used_head). It holds on to `memory`, which must be
+    /// the queue's, and so may go to another thread.
+    pub fn pop_descriptor_chain(
+        &mut self,
+        memory: &Arc<GuestMemory>,
+    ) -> Result<Option<DescriptorChain<Arc<GuestMemory>>>, QueueError> {
+        let next = self.queue.iter(Arc::clone(memory)).map_err(QueueError::AvailRing)?.next();
         if let Some(chain) = &next {
             let spare = std::mem::take(&mut self.spare);
             let checked = Chain::parse(&self.memory, &self.queue, chain.head_index(), spare)?;

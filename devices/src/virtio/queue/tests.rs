@@ -1,5 +1,7 @@
 //! Queues of drivers that make every mistake: virtio 1.2 section 2.7.
 
+use std::sync::Arc;
+
 use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 
 use super::*;
@@ -235,19 +237,21 @@ fn indirect_descriptors_are_refused_whatever_their_table() {
     let (mut ring, mut queue) = queue();
     ring.write_descriptor(0, DATA, 16, VRING_DESC_F_INDIRECT, 0);
     ring.publish(0);
-    assert!(matches!(queue.pop_descriptor_chain(), Err(QueueError::Indirect(0))));
+    let memory = Arc::new(queue.memory().clone());
+    assert!(matches!(queue.pop_descriptor_chain(&memory), Err(QueueError::Indirect(0))));
 }
 
 #[test]
 fn the_raw_view_of_a_chain_is_the_checked_one() {
     let (mut ring, mut queue) = queue();
     let head = ring.offer(&[Buffer::readable(DATA, 4), Buffer::writable(DATA, 8)]);
-    let chain = queue.pop_descriptor_chain().unwrap().unwrap();
+    let memory = Arc::new(queue.memory().clone());
+    let chain = queue.pop_descriptor_chain(&memory).unwrap().unwrap();
     assert_eq!(chain.head_index(), head);
     assert_eq!(chain.map(|descriptor| descriptor.len()).collect::<Vec<_>>(), [4, 8]);
     queue.add_used_head(head, 8).unwrap();
     assert_eq!(ring.take_used(), [(head, 8)]);
-    assert!(queue.pop_descriptor_chain().unwrap().is_none());
+    assert!(queue.pop_descriptor_chain(&memory).unwrap().is_none());
 }
 
 #[test]

@@ -13,6 +13,7 @@
 //! regular files and directories are ever opened for more than looking at them.
 
 mod dir;
+mod locks;
 mod names;
 mod ops;
 mod sys;
@@ -47,22 +48,33 @@ const PERMISSIONS: u32 = 0o7777;
 /// Where the mount is folded into inode numbers. File systems seldom use the high bits.
 const MOUNT_SHIFT: u32 = 48;
 
+/// What a share lets its guest do.
+#[derive(Clone, Copy, Debug)]
+pub struct Switches {
+    /// What the guest may cache.
+    pub cache: CachePolicy,
+    /// The guest may collect writes.
+    pub writeback: bool,
+    /// The guest has extended attributes.
+    pub xattr: bool,
+    /// Locks of the guest count on the host.
+    pub posix_locks: bool,
+}
+
 /// A directory that is shared with one guest.
 pub struct Share {
     reopener: Reopener,
     table: Mutex<Table>,
     /// Mount that the root is on.
     root_mount: u64,
-    cache: CachePolicy,
-    /// The operator lets the guest collect writes.
-    may_write_back: bool,
+    switches: Switches,
     /// The guest does collect writes.
     writes_back: AtomicBool,
 }
 
 impl Share {
     /// Opens the directory. Mounts that are made below it later are part of it.
-    pub fn new(root: &Path, cache: CachePolicy, may_write_back: bool) -> io::Result<Self> {
+    pub fn new(root: &Path, switches: Switches) -> io::Result<Self> {
         let root = Self::node(sys::open_dir(root)?)?.0;
         let limit = sys::descriptor_limit();
         if limit < FEW_DESCRIPTORS {
@@ -74,8 +86,7 @@ impl Share {
             reopener: Reopener::new()?,
             root_mount: root.id.mount,
             table: Mutex::new(Table::new(root, limit)),
-            cache,
-            may_write_back: may_write_back && cache != CachePolicy::Never,
+            switches: Switches { writeback: switches.writeback && switches.cache != CachePolicy::Never, ..switches },
             writes_back: AtomicBool::new(false),
         })
     }
@@ -88,7 +99,7 @@ impl Share {
 
     /// Forgets all that the guest looked up and opened on the mount whose root is at `path`.
     pub fn release_mount(&self, path: &Path) -> io::Result<()> {
-        let mount = sys::stat(sys::open_dir(path)?.as_fd())?.mount;
+        let mount = sys::stat(sys::open_place(path)?.as_fd())?.mount;
         if mount == self.root_mount {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
         }
@@ -130,7 +141,7 @@ impl Share {
 
     /// How long the guest may believe names and attributes.
     fn timeout(&self) -> Duration {
-        match self.cache {
+        match self.switches.cache {
             CachePolicy::Never => Duration::ZERO,
             CachePolicy::Auto => Duration::from_secs(1),
             CachePolicy::Always => Duration::from_secs(24 * 60 * 60),
@@ -155,8 +166,8 @@ impl Share {
     }
 
     /// Makes the owner and permissions of a new file what the guest asked for. It was made as
-    /// this thread's user and with the process's umask, and no request of the guest is served
-    /// before this returns.
+    /// this thread's user and with the process's umask, and no request of the guest that names files is
+    /// served before this returns.
     fn settle_new(&self, handle: BorrowedFd<'_>, context: &Context, mode: u32) -> io::Result<()> {
         let stat = sys::stat(handle)?.attr;
         let (uid, gid) = sys::own_ids();
@@ -226,7 +237,7 @@ impl Share {
     }
 
     fn file_options(&self) -> OpenOptions {
-        match self.cache {
+        match self.switches.cache {
             CachePolicy::Never => OpenOptions::DIRECT_IO,
             CachePolicy::Auto => OpenOptions::empty(),
             CachePolicy::Always => OpenOptions::KEEP_CACHE,
@@ -234,7 +245,7 @@ impl Share {
     }
 
     fn dir_options(&self) -> OpenOptions {
-        match self.cache {
+        match self.switches.cache {
             CachePolicy::Never | CachePolicy::Auto => OpenOptions::empty(),
             CachePolicy::Always => OpenOptions::KEEP_CACHE | OpenOptions::CACHE_DIR,
         }
@@ -254,12 +265,20 @@ impl Share {
             | FsOptions::CACHE_SYMLINKS
             // Without it Linux asks for file capabilities before each write.
             | FsOptions::HANDLE_KILLPRIV_V2;
-        if self.cache == CachePolicy::Auto {
+        if self.switches.cache == CachePolicy::Auto {
             wanted |= FsOptions::AUTO_INVAL_DATA;
         }
-        if self.may_write_back {
+        if self.switches.writeback {
             wanted |= FsOptions::WRITEBACK_CACHE;
         }
+        if self.switches.posix_locks {
+            wanted |= FsOptions::POSIX_LOCKS;
+        }
         wanted
+    }
+
+    /// Where attributes are switched off, Linux asks once and then no more.
+    fn check_xattrs(&self) -> io::Result<()> {
+        if self.switches.xattr { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::ENOSYS)) }
     }
 }

@@ -1,20 +1,20 @@
 //! The requests of FUSE, one by one. Those that are not here are answered ENOSYS, on purpose:
 //!
-//! - FLUSH: Linux then no longer sends one for each `close`, and there is nothing to flush.
-//! - GETLK, SETLK: locks are the guest's own, as nobody else has the directory.
+//! - FLUSH, GETLK, SETLK, unless the host shares its locks: locks are then the guest's own, and there is nothing to
+//!   flush. Linux asks once and no longer sends a FLUSH for each `close`.
+//! - SETXATTR and its like, where extended attributes are switched off.
 //! - ACCESS: Linux checks permissions itself for virtio-fs.
 
 use std::ffi::CStr;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use fuse_backend_rs::abi::fuse_abi::{CreateIn, FOPEN_IN_KILL_SUIDGID, WRITE_KILL_PRIV};
 use fuse_backend_rs::api::filesystem::{
-    Context, DirEntry, Entry, FileSystem, FsOptions, GetxattrReply, ListxattrReply, OpenOptions, SetattrValid,
-    ZeroCopyReader, ZeroCopyWriter,
+    Context, DirEntry, Entry, FileLock, FileSystem, FsOptions, GetxattrReply, ListxattrReply, OpenOptions,
+    SetattrValid, ZeroCopyReader, ZeroCopyWriter,
 };
 
 use super::table::Node;
@@ -48,7 +48,7 @@ impl FileSystem for Share {
         names::check(name)?;
         match self.enter(&*self.known(parent)?, name) {
             // An entry without node is one that is known not to be there, for that long.
-            Err(error) if error.kind() == io::ErrorKind::NotFound && self.cache == CachePolicy::Always => {
+            Err(error) if error.kind() == io::ErrorKind::NotFound && self.switches.cache == CachePolicy::Always => {
                 Ok(Entry { entry_timeout: self.timeout(), ..Entry::default() })
             }
             other => other,
@@ -218,8 +218,7 @@ impl FileSystem for Share {
         _: u32,
     ) -> io::Result<usize> {
         let handle = self.table().handle(handle, node)?;
-        let mut file = handle.file.lock().unwrap_or_else(PoisonError::into_inner);
-        answer.write_from(&mut *file, size as usize, offset)
+        handle.at_position(|file| answer.write_from(file, size as usize, offset))
     }
 
     fn write(
@@ -239,20 +238,17 @@ impl FileSystem for Share {
         if fuse_flags & WRITE_KILL_PRIV != 0 {
             self.drop_privilege_bits(&*self.known(number)?)?;
         }
-        let mut file = handle.file.lock().unwrap_or_else(PoisonError::into_inner);
-        data.read_to(&mut *file, size as usize, offset)
+        handle.at_position(|file| data.read_to(file, size as usize, offset))
     }
 
     fn fsync(&self, _: &Context, node: u64, data_only: bool, handle: u64) -> io::Result<()> {
         let handle = self.table().handle(handle, node)?;
-        let file = handle.file.lock().unwrap_or_else(PoisonError::into_inner);
-        if data_only { file.sync_data() } else { file.sync_all() }
+        if data_only { handle.file().sync_data() } else { handle.file().sync_all() }
     }
 
     fn fallocate(&self, _: &Context, node: u64, handle: u64, mode: u32, offset: u64, len: u64) -> io::Result<()> {
         let handle = self.table().handle(handle, node)?;
-        let file = handle.file.lock().unwrap_or_else(PoisonError::into_inner);
-        sys::fallocate(&file, mode, offset, len)
+        sys::fallocate(handle.file(), mode, offset, len)
     }
 
     fn lseek(&self, _: &Context, node: u64, handle: u64, offset: u64, whence: u32) -> io::Result<u64> {
@@ -262,12 +258,23 @@ impl FileSystem for Share {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
         }
         let handle = self.table().handle(handle, node)?;
-        let file = handle.file.lock().unwrap_or_else(PoisonError::into_inner);
-        sys::seek(&file, offset, whence)
+        sys::seek(handle.file(), offset, whence)
     }
 
     fn release(&self, _: &Context, node: u64, _: u32, handle: u64, _: bool, _: bool, _: Option<u64>) -> io::Result<()> {
         self.table().close(handle, node)
+    }
+
+    fn flush(&self, _: &Context, node: u64, _: u64, owner: u64) -> io::Result<()> {
+        self.flush_locks(node, owner)
+    }
+
+    fn getlk(&self, _: &Context, node: u64, handle: u64, owner: u64, lock: FileLock, _: u32) -> io::Result<FileLock> {
+        self.get_lock(node, handle, owner, lock)
+    }
+
+    fn setlk(&self, _: &Context, node: u64, handle: u64, owner: u64, lock: FileLock, flags: u32) -> io::Result<()> {
+        self.set_lock(node, handle, owner, &lock, flags)
     }
 
     fn statfs(&self, _: &Context, node: u64) -> io::Result<libc::statvfs64> {
@@ -275,11 +282,13 @@ impl FileSystem for Share {
     }
 
     fn setxattr(&self, _: &Context, node: u64, name: &CStr, value: &[u8], flags: u32) -> io::Result<()> {
+        self.check_xattrs()?;
         names::check_xattr(name)?;
         sys::set_xattr(self.known(node)?.fd(), name, value, flags)
     }
 
     fn getxattr(&self, _: &Context, node: u64, name: &CStr, size: u32) -> io::Result<GetxattrReply> {
+        self.check_xattrs()?;
         names::check_xattr(name)?;
         let node = self.known(node)?;
         let mut value = vec![0; MAX_XATTR.min(size as usize)];
@@ -292,6 +301,7 @@ impl FileSystem for Share {
     }
 
     fn listxattr(&self, _: &Context, node: u64, size: u32) -> io::Result<ListxattrReply> {
+        self.check_xattrs()?;
         let node = self.known(node)?;
         // All of them even if only the length is asked for: not all are told.
         let mut names = vec![0; MAX_XATTR];
@@ -308,6 +318,7 @@ impl FileSystem for Share {
     }
 
     fn removexattr(&self, _: &Context, node: u64, name: &CStr) -> io::Result<()> {
+        self.check_xattrs()?;
         names::check_xattr(name)?;
         sys::remove_xattr(self.known(node)?.fd(), name)
     }
@@ -334,8 +345,7 @@ impl FileSystem for Share {
     ) -> io::Result<()> {
         let dir = self.known(node)?;
         let handle = self.table().handle(handle, node)?;
-        let mut file = handle.file.lock().unwrap_or_else(PoisonError::into_inner);
-        self.list(&dir, &mut file, size, offset, add)
+        handle.with_position(|file| self.list(&dir, file, size, offset, add))
     }
 
     fn readdirplus(
@@ -349,8 +359,7 @@ impl FileSystem for Share {
     ) -> io::Result<()> {
         let dir = self.known(node)?;
         let handle = self.table().handle(handle, node)?;
-        let mut file = handle.file.lock().unwrap_or_else(PoisonError::into_inner);
-        self.list_plus(&dir, &mut file, size, offset, add)
+        handle.with_position(|file| self.list_plus(&dir, file, size, offset, add))
     }
 
     fn fsyncdir(&self, context: &Context, node: u64, data_only: bool, handle: u64) -> io::Result<()> {
@@ -383,8 +392,7 @@ impl Share {
         let size = u64::try_from(size).map_err(|_| io::Error::from_raw_os_error(libc::EFBIG))?;
         if let Some(handle) = handle {
             let handle = self.table().handle(handle, number)?;
-            let file = handle.file.lock().unwrap_or_else(PoisonError::into_inner);
-            return file.set_len(size);
+            return handle.file().set_len(size);
         }
         let file = self.open_file(node, libc::O_WRONLY.cast_unsigned())?;
         std::fs::File::from(file).set_len(size)

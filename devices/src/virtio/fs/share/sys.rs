@@ -39,8 +39,18 @@ fn length(result: isize) -> io::Result<usize> {
 
 /// Opens a directory named by the operator, for use as a starting point only.
 pub fn open_dir(path: &Path) -> io::Result<OwnedFd> {
+    open_path(path, libc::O_DIRECTORY)
+}
+
+/// Opens a directory or file named by the operator, for looking at it. A symbolic link is not followed: a guest may have
+/// put it there.
+pub fn open_place(path: &Path) -> io::Result<OwnedFd> {
+    open_path(path, libc::O_NOFOLLOW)
+}
+
+fn open_path(path: &Path, flags: c_int) -> io::Result<OwnedFd> {
     let path = CString::new(path.as_os_str().as_bytes())?;
-    let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC;
+    let flags = flags | libc::O_PATH | libc::O_CLOEXEC;
     // SAFETY: `path` is a string that ends with a zero; the result is checked.
     descriptor(unsafe { libc::open(path.as_ptr(), flags) })
 }
@@ -180,6 +190,19 @@ pub fn seek(file: &File, offset: u64, whence: c_int) -> io::Result<u64> {
     // SAFETY: no memory is involved.
     let found = unsafe { libc::lseek64(file.as_raw_fd(), offset, whence) };
     u64::try_from(found).map_err(|_| io::Error::last_os_error())
+}
+
+/// Takes or gives up a lock, for everybody who has the same open file description; never waits.
+pub fn set_lock(file: &File, mut lock: libc::flock) -> io::Result<()> {
+    // SAFETY: `lock` is valid for the call.
+    check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw mut lock) })
+}
+
+/// The lock that would keep this one from being taken, or this one as unlocked.
+pub fn test_lock(file: &File, mut lock: libc::flock) -> io::Result<libc::flock> {
+    // SAFETY: `lock` is valid for reading and writing.
+    check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &raw mut lock) })?;
+    Ok(lock)
 }
 
 /// Reads entries of an open directory from where it stands, as `getdents64` lays them out.

@@ -3,8 +3,9 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, Mutex};
+use std::mem::ManuallyDrop;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use fuse_backend_rs::api::filesystem::ROOT_ID;
 
@@ -48,8 +49,29 @@ impl Node {
 pub struct Handle {
     node: u64,
     mount: u64,
-    /// Locked because a directory has a position.
-    pub file: Mutex<File>,
+    file: File,
+    /// A directory is read from where it stands, by one request at a time.
+    position: Mutex<()>,
+}
+
+impl Handle {
+    /// The file, for what needs no position: requests for it may run side by side.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// The file for a call that wants it mutable and moves data to or from a position that it is told.
+    pub fn at_position<T>(&self, call: impl FnOnce(&mut File) -> T) -> T {
+        // SAFETY: the descriptor is open as long as `self` is borrowed; this second owner never closes it and ends here.
+        let mut file = ManuallyDrop::new(unsafe { File::from_raw_fd(self.file.as_raw_fd()) });
+        call(&mut file)
+    }
+
+    /// The directory, for a call that moves its position.
+    pub fn with_position<T>(&self, call: impl FnOnce(&mut File) -> T) -> T {
+        let _alone = self.position.lock().unwrap_or_else(PoisonError::into_inner);
+        self.at_position(call)
+    }
 }
 
 /// Nodes and handles of one guest. Their number is bounded: each is a descriptor.
@@ -58,9 +80,17 @@ pub struct Table {
     nodes: HashMap<u64, Counted>,
     by_id: HashMap<Id, u64>,
     handles: HashMap<u64, Arc<Handle>>,
+    /// By node and owner: what an owner has locked of a file is locked through a description of its own.
+    locks: HashMap<(u64, u64), Lock>,
     /// Numbers are never used twice, so one that the guest forgot means nothing ever after.
     next: u64,
     limit: usize,
+}
+
+#[derive(Debug)]
+struct Lock {
+    mount: u64,
+    file: Arc<File>,
 }
 
 #[derive(Debug)]
@@ -79,6 +109,7 @@ impl Table {
             nodes: HashMap::from([(ROOT_ID, root)]),
             by_id: HashMap::from([(id, ROOT_ID)]),
             handles: HashMap::new(),
+            locks: HashMap::new(),
             next: ROOT_ID.saturating_add(1),
             limit,
         }
@@ -87,13 +118,14 @@ impl Table {
     /// Forgets all but the root.
     pub fn clear(&mut self) {
         self.handles.clear();
+        self.locks.clear();
         self.nodes.retain(|number, _| *number == ROOT_ID);
         self.by_id.retain(|_, number| *number == ROOT_ID);
     }
 
     /// Fails when there is no room for another descriptor.
     pub fn check_room(&self) -> io::Result<()> {
-        let open = self.nodes.len().saturating_add(self.handles.len());
+        let open = self.nodes.len().saturating_add(self.handles.len()).saturating_add(self.locks.len());
         if open < self.limit { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::ENFILE)) }
     }
 
@@ -134,6 +166,7 @@ impl Table {
     /// Forgets all nodes of a mount, and closes what is open there.
     pub fn forget_mount(&mut self, mount: u64) {
         self.handles.retain(|_, handle| handle.mount != mount);
+        self.locks.retain(|_, lock| lock.mount != mount);
         self.nodes.retain(|_, counted| counted.node.id.mount != mount);
         self.by_id.retain(|id, _| id.mount != mount);
     }
@@ -143,7 +176,7 @@ impl Table {
         self.check_room()?;
         let mount = self.node(node)?.id.mount;
         let number = self.take_number();
-        self.handles.insert(number, Arc::new(Handle { node, mount, file: Mutex::new(file) }));
+        self.handles.insert(number, Arc::new(Handle { node, mount, file, position: Mutex::default() }));
         Ok(number)
     }
 
@@ -158,6 +191,24 @@ impl Table {
         self.handle(number, node)?;
         self.handles.remove(&number);
         Ok(())
+    }
+
+    /// What `owner` locks `node` through, if it has locked anything.
+    pub fn lock(&self, node: u64, owner: u64) -> Option<Arc<File>> {
+        self.locks.get(&(node, owner)).map(|lock| Arc::clone(&lock.file))
+    }
+
+    /// Adds what `owner` locks `node` through.
+    pub fn add_lock(&mut self, node: u64, owner: u64, file: File) -> io::Result<Arc<File>> {
+        self.check_room()?;
+        let mount = self.node(node)?.id.mount;
+        let lock = self.locks.entry((node, owner)).or_insert_with(|| Lock { mount, file: Arc::new(file) });
+        Ok(Arc::clone(&lock.file))
+    }
+
+    /// Gives up everything that `owner` has locked of `node`.
+    pub fn unlock(&mut self, node: u64, owner: u64) {
+        self.locks.remove(&(node, owner));
     }
 
     fn take_number(&mut self) -> u64 {

@@ -1,7 +1,10 @@
 //! A guest that speaks FUSE to the device, friendly and hostile.
 
 mod hostile;
+mod pool;
+mod races;
 mod semantics;
+mod switches;
 mod throughput;
 
 use std::ffi::CStr;
@@ -43,6 +46,9 @@ fn config(dir: &Path, cache: CachePolicy) -> FsConfig {
         num_request_queues: 1,
         queue_size: 1024,
         writeback: false,
+        workers: 2,
+        xattr: true,
+        posix_locks: false,
     }
 }
 

@@ -448,6 +448,16 @@ fn a_mount_made_later_is_part_of_the_share_and_a_file_system_of_its_own() {
         umount2(&to, MntFlags::empty()).unwrap();
         assert_eq!(world.client.lookup(again.nodeid, c"inside").map(drop), Err(libc::EBADF));
         assert!(world.client.open(inside.nodeid, libc::O_RDWR).is_ok());
+        // So it is with a file, as volumes may be.
+        fs::write(world.path("volume"), "").unwrap();
+        let volume = world.path("volume");
+        mount(Some(&from.join("inside")), &volume, none, MsFlags::MS_BIND, none).unwrap();
+        let mounted = world.client.lookup(ROOT_ID, c"volume").unwrap();
+        assert_eq!(mounted.attr.size, 4);
+        assert!(umount2(&volume, MntFlags::empty()).is_err());
+        world.client.control.release_mount(&volume).unwrap();
+        umount2(&volume, MntFlags::empty()).unwrap();
+        assert!(world.client.open(inside.nodeid, libc::O_RDWR).is_ok());
         world.client.control.release_mount(&from).unwrap();
         umount2(&from, MntFlags::empty()).unwrap();
         assert!(world.client.control.release_mount(&world.path("")).is_err());
