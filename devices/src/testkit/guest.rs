@@ -70,6 +70,11 @@ impl Guest {
         data
     }
 
+    /// Writes bytes at any offset of the device's window, in one access.
+    pub fn transport_write(&self, offset: u64, data: &[u8]) {
+        self.transport.write(offset, data);
+    }
+
     /// The status register.
     pub fn status(&self) -> u32 {
         self.read(VIRTIO_MMIO_STATUS)
@@ -140,6 +145,27 @@ impl Guest {
 
     /// Like [`start_with`](Self::start_with), for rings that may make the device give up at once.
     pub fn bring_up(self, features: u64, prepare: impl FnOnce(&Self, &mut Vec<Ring>)) -> Running {
+        self.bring_up_some(features, |_| true, prepare)
+    }
+
+    /// Like [`start`](Self::start) with some queues left out; there is a ring for each all the same.
+    pub fn start_queues(self, features: u64, enabled: &[u32]) -> Running {
+        let running = self.bring_up_queues(features, enabled);
+        assert_eq!(running.guest.status(), DRIVER_OK, "The device is active");
+        running
+    }
+
+    /// Like [`start_queues`](Self::start_queues), for a choice that the device may not work with.
+    pub fn bring_up_queues(self, features: u64, enabled: &[u32]) -> Running {
+        self.bring_up_some(features, |index| enabled.contains(&index), |_, _| {})
+    }
+
+    fn bring_up_some(
+        self,
+        features: u64,
+        enabled: impl Fn(u32) -> bool,
+        prepare: impl FnOnce(&Self, &mut Vec<Ring>),
+    ) -> Running {
         assert!(self.negotiate(features), "The device takes the features");
         let mut rings = Vec::new();
         for index in 0.. {
@@ -149,7 +175,9 @@ impl Guest {
                 break;
             }
             let ring = self.ring(index, u16::try_from(max_size).unwrap());
-            self.set_up_queue(index, &ring);
+            if enabled(index) {
+                self.set_up_queue(index, &ring);
+            }
             rings.push(ring);
         }
         prepare(&self, &mut rings);

@@ -6,6 +6,7 @@
 //! reset the active half is taken out of the loop and dropped, so that no completion can touch
 //! a queue after it.
 
+pub mod balloon;
 pub mod blk;
 pub mod config_space;
 pub mod device;

@@ -146,7 +146,7 @@ impl<'a> Segments<'a> {
     /// Copies bytes out of guest memory until `target` is full or the run ends; returns how many.
     pub fn read(self, memory: &GuestMemory, target: &mut [u8]) -> Result<usize, QueueError> {
         let mut copied: usize = 0;
-        for (addr, len) in self.pieces() {
+        for (addr, len) in self.ranges() {
             let Some(rest) = target.get_mut(copied..).filter(|rest| !rest.is_empty()) else {
                 break;
             };
@@ -161,7 +161,7 @@ impl<'a> Segments<'a> {
     /// Copies `source` into guest memory until it or the run ends; returns how many bytes.
     pub fn write(self, memory: &GuestMemory, source: &[u8]) -> Result<usize, QueueError> {
         let mut copied: usize = 0;
-        for (addr, len) in self.pieces() {
+        for (addr, len) in self.ranges() {
             let Some(rest) = source.get(copied..).filter(|rest| !rest.is_empty()) else {
                 break;
             };
@@ -182,15 +182,15 @@ impl<'a> Segments<'a> {
 
     /// Appends the run to a list of host buffers.
     pub fn append_to<'m>(self, memory: &'m GuestMemory, buffers: &mut GuestBuffers<'m>) -> Result<(), QueueError> {
-        for (addr, len) in self.pieces() {
+        for (addr, len) in self.ranges() {
             let slice = memory.get_slice(addr, len as usize).map_err(|source| memory_error(addr, len, source))?;
             buffers.push(&slice);
         }
         Ok(())
     }
 
-    /// The parts of the segments that the run covers, none of them empty.
-    fn pieces(self) -> impl Iterator<Item = (GuestAddress, u32)> + 'a {
+    /// Where the run lies: guest address and length of each part, none of them empty.
+    pub fn ranges(self) -> impl Iterator<Item = (GuestAddress, u32)> + 'a {
         let mut skip = self.start;
         let mut left = self.len;
         self.segments.iter().filter_map(move |segment| {

@@ -200,10 +200,18 @@ impl VirtQueue {
     /// Returns whether the driver wants an interrupt.
     pub fn serve(
         &mut self,
+        handle: impl FnMut(&GuestMemory, &Chain) -> Result<u32, QueueError>,
+    ) -> Result<bool, QueueError> {
+        self.serve_at_most(CHAINS_PER_WAKE_UP, handle)
+    }
+
+    /// Like [`serve`](Self::serve), for chains that cost more than others: `budget` of them.
+    pub fn serve_at_most(
+        &mut self,
+        mut budget: u32,
         mut handle: impl FnMut(&GuestMemory, &Chain) -> Result<u32, QueueError>,
     ) -> Result<bool, QueueError> {
         self.acknowledge_kick();
-        let mut budget = CHAINS_PER_WAKE_UP;
         loop {
             self.disable_notification()?;
             while budget > 0 {

@@ -1,0 +1,229 @@
+//! The balloon as the host sees it, and what both halves share for that.
+
+use std::io;
+use std::num::NonZeroU32;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::hinting::{self, DONE, STOP};
+use super::{BalloonConfig, GuestStats, PAGE_SIZE};
+use crate::virtio::Interrupt;
+
+/// Why the balloon does not do what it was asked for.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BalloonError {
+    /// More than the guest has.
+    #[error("A balloon of {target} bytes does not fit into a guest of {memory} bytes")]
+    Target {
+        /// What was asked for.
+        target: u64,
+        /// What the guest has.
+        memory: u64,
+    },
+    /// The device was made without free page hinting.
+    #[error("The balloon does not offer free page hinting")]
+    NoHinting,
+    /// No driver works with the device.
+    #[error("No driver of the guest has activated the balloon")]
+    Inactive,
+}
+
+/// What host, configuration half and active half know of each other.
+pub(super) struct Shared {
+    /// Size of the guest's memory in bytes.
+    memory: u64,
+    state: Mutex<State>,
+    /// For the host: the guest changed something that it may want to know.
+    changed: EventFd,
+    /// For the active half: the interval is another.
+    interval_changed: EventFd,
+}
+
+struct State {
+    /// `num_pages`.
+    target: u32,
+    /// `actual` as the guest wrote it.
+    actual: u32,
+    /// `free_page_hint_cmd_id`.
+    run: u32,
+    /// The number of the last run, for the next one to differ.
+    last_run: u32,
+    stats: Option<GuestStats>,
+    interval: Option<NonZeroU32>,
+    /// There while a driver works with the device.
+    interrupt: Option<Interrupt>,
+}
+
+impl Shared {
+    pub(super) fn new(config: &BalloonConfig, memory: u64) -> io::Result<Self> {
+        let event = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
+        let state = State {
+            target: pages(config.target.min(memory)),
+            actual: 0,
+            run: STOP,
+            last_run: STOP,
+            stats: None,
+            interval: config.stats_interval,
+            interrupt: None,
+        };
+        Ok(Self { memory, state: Mutex::new(state), changed: event()?, interval_changed: event()? })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Plain numbers: a panic elsewhere leaves them as good as they were.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// `num_pages`, `actual`, `free_page_hint_cmd_id` (section 5.5.4).
+    pub(super) fn config_space(&self) -> Vec<u8> {
+        let state = self.lock();
+        [state.target, state.actual, state.run].into_iter().flat_map(u32::to_le_bytes).collect()
+    }
+
+    pub(super) fn set_actual(&self, actual: u32) {
+        self.lock().actual = actual;
+        self.tell_host();
+    }
+
+    pub(super) fn activated(&self, interrupt: Interrupt) {
+        self.lock().interrupt = Some(interrupt);
+    }
+
+    /// The driver is gone, and with it what it said.
+    pub(super) fn deactivated(&self) {
+        let mut state = self.lock();
+        state.interrupt = None;
+        state.run = STOP;
+        state.actual = 0;
+        state.stats = None;
+    }
+
+    pub(super) fn interval(&self) -> Option<NonZeroU32> {
+        self.lock().interval
+    }
+
+    pub(super) fn interval_changed(&self) -> &EventFd {
+        &self.interval_changed
+    }
+
+    pub(super) fn set_stats(&self, stats: GuestStats) {
+        self.lock().stats = Some(stats);
+    }
+
+    /// The number that the guest has to name for its hints to count.
+    pub(super) fn run(&self) -> u32 {
+        self.lock().run
+    }
+
+    /// The guest has sent all its hints for `run`: it can have its pages back.
+    pub(super) fn complete(&self, run: u32) {
+        let mut state = self.lock();
+        if state.run == run {
+            state.run = DONE;
+            tell_driver(&state);
+            drop(state);
+            self.tell_host();
+        }
+    }
+
+    fn tell_host(&self) {
+        // A full counter is readable already.
+        let _ = self.changed.write(1);
+    }
+}
+
+fn tell_driver(state: &State) {
+    if let Some(interrupt) = &state.interrupt {
+        interrupt.config_changed();
+    }
+}
+
+/// Whole pages of so many bytes.
+fn pages(bytes: u64) -> u32 {
+    u32::try_from(bytes.div_euclid(PAGE_SIZE)).unwrap_or(u32::MAX)
+}
+
+/// A handle on a machine's balloon.
+#[derive(Clone)]
+pub struct BalloonHandle {
+    shared: Arc<Shared>,
+    hinting: bool,
+}
+
+impl BalloonHandle {
+    pub(super) fn new(shared: Arc<Shared>, hinting: bool) -> Self {
+        Self { shared, hinting }
+    }
+
+    /// Asks the guest to give `bytes` back in all, rounded down to pages. A driver that comes later
+    /// finds the wish waiting; none is bound to follow it.
+    pub fn set_target(&self, bytes: u64) -> Result<(), BalloonError> {
+        if bytes > self.shared.memory {
+            return Err(BalloonError::Target { target: bytes, memory: self.shared.memory });
+        }
+        let mut state = self.shared.lock();
+        state.target = pages(bytes);
+        tell_driver(&state);
+        Ok(())
+    }
+
+    /// What the guest was asked for, in bytes.
+    pub fn target(&self) -> u64 {
+        u64::from(self.shared.lock().target).saturating_mul(PAGE_SIZE)
+    }
+
+    /// What the guest says that it has given back, in bytes: never more than it has.
+    pub fn actual(&self) -> u64 {
+        u64::from(self.shared.lock().actual).saturating_mul(PAGE_SIZE).min(self.shared.memory)
+    }
+
+    /// Size of the guest's memory without a balloon, in bytes.
+    pub fn memory(&self) -> u64 {
+        self.shared.memory
+    }
+
+    /// Whether a driver works with the device.
+    pub fn is_active(&self) -> bool {
+        self.shared.lock().interrupt.is_some()
+    }
+
+    /// The guest's last report, if there was one.
+    pub fn stats(&self) -> Option<GuestStats> {
+        self.shared.lock().stats
+    }
+
+    /// Changes the seconds between reports; `None` stops them.
+    pub fn set_stats_interval(&self, seconds: Option<NonZeroU32>) {
+        self.shared.lock().interval = seconds;
+        // A full counter is readable already.
+        let _ = self.shared.interval_changed.write(1);
+    }
+
+    /// Asks the guest which pages are free, and takes them; see
+    /// [`BalloonConfig::free_page_hinting`].
+    pub fn hint_free_pages(&self) -> Result<(), BalloonError> {
+        if !self.hinting {
+            return Err(BalloonError::NoHinting);
+        }
+        let mut state = self.shared.lock();
+        if state.interrupt.is_none() {
+            return Err(BalloonError::Inactive);
+        }
+        state.last_run = hinting::next_run(state.last_run);
+        state.run = state.last_run;
+        tell_driver(&state);
+        Ok(())
+    }
+
+    /// Whether a run of hints has begun and is not complete.
+    pub fn is_hinting(&self) -> bool {
+        !matches!(self.shared.lock().run, STOP | DONE)
+    }
+
+    /// Readable when the guest changed the size of the balloon or completed a run of hints.
+    /// Whoever waits for it reads it.
+    pub fn changed(&self) -> &EventFd {
+        &self.shared.changed
+    }
+}
