@@ -38,7 +38,7 @@ pub mod vcpu;
 
 pub use config::{
     BASE_CMDLINE, BlkConfig, BootConfig, FsConfig, MachineConfig, MemoryBacking, MemoryConfig, NetConfig, Placement,
-    RngConfig, SerialConfig, VsockConfig,
+    RngConfig, SerialConfig, VhostUserConfig, VsockConfig,
 };
 pub use devices::virtio::vsock::{ConnectError, Connector, HostEnd};
 pub use machine::{BuildError, ExitReason, Machine, StateError};

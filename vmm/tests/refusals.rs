@@ -4,8 +4,9 @@ mod support;
 
 use std::path::Path;
 
+use devices::virtio::vhost_user::{Patience, VhostUserKind};
 use support::{Code, chain, config};
-use vmm::{Machine, MachineConfig, MemoryConfig, RngConfig, VsockConfig};
+use vmm::{Machine, MachineConfig, MemoryBacking, MemoryConfig, RngConfig, VhostUserConfig, VsockConfig};
 
 fn refusal(config: MachineConfig) -> String {
     chain(&Machine::build(config).expect_err("refused"))
@@ -101,4 +102,31 @@ fn more_devices_than_interrupt_lines_are_refused() {
     Machine::build(with_drives(16)).expect("as many as there are lines");
     let text = refusal(with_drives(17));
     assert!(text.contains("more devices than the 16 interrupt lines"), "{text}");
+}
+
+#[test]
+fn a_vhost_user_device_needs_shared_memory_and_a_backend() {
+    need_kvm!();
+    let kernel = Code::new().spin().flat();
+    let with = |backing| {
+        let mut config = config(kernel.path());
+        config.memory.backing = backing;
+        config.vhost_user = vec![VhostUserConfig {
+            id: "disk".into(),
+            socket: "/nonexistent/socket".into(),
+            kind: VhostUserKind::Blk,
+            num_queues: 1,
+            queue_size: 128,
+            patience: Patience::default(),
+        }];
+        refusal(config)
+    };
+    let text = with(MemoryBacking::Private);
+    assert_eq!(
+        text,
+        "A device cannot be attached: Device disk cannot be served by a vhost-user backend: \
+         Guest memory at 0x0 is not shared: a vhost-user backend cannot see it"
+    );
+    let text = with(MemoryBacking::Shared);
+    assert!(text.contains("Cannot connect to the vhost-user backend at /nonexistent/socket: No such file"), "{text}");
 }

@@ -20,9 +20,11 @@ mod guest;
 mod meanwhile;
 mod ring;
 
+use std::fs::File;
+use std::os::fd::FromRawFd;
 use std::time::{Duration, Instant};
 
-use vm_memory::GuestAddress;
+use vm_memory::{FileOffset, GuestAddress};
 
 use crate::GuestMemory;
 
@@ -40,11 +42,22 @@ pub const HIGH_REGION: u64 = 2 * REGION_SIZE;
 /// How long a test waits for what must happen.
 pub const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Guest memory in two regions with a hole between them, as a machine with an MMIO gap has it.
+/// Guest memory in two regions with a hole between them, as a machine with an MMIO gap has it. Each is a file, which
+/// another process can map.
 pub fn memory() -> GuestMemory {
     let size = REGION_SIZE as usize;
-    GuestMemory::from_ranges(&[(GuestAddress(0), size), (GuestAddress(HIGH_REGION), size)])
-        .expect("Guest memory for a test")
+    let region = |start| (GuestAddress(start), size, Some(FileOffset::new(memfd(), 0)));
+    GuestMemory::from_ranges_with_files([region(0), region(HIGH_REGION)]).expect("Guest memory for a test")
+}
+
+fn memfd() -> File {
+    // SAFETY: the name ends with a zero; the result is checked.
+    let fd = unsafe { libc::memfd_create(c"test-memory".as_ptr(), libc::MFD_CLOEXEC) };
+    assert!(fd >= 0, "A memfd");
+    // SAFETY: a system call just returned it as a new descriptor.
+    let file = unsafe { File::from_raw_fd(fd) };
+    file.set_len(REGION_SIZE).expect("Room for a region");
+    file
 }
 
 /// Waits until `condition` holds.

@@ -1,5 +1,6 @@
 //! Device-to-driver notifications of the MMIO transport (virtio 1.2 section 4.2.3.4).
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
@@ -22,6 +23,8 @@ struct Shared {
     reset_needed: AtomicBool,
     /// ConfigGeneration register.
     config_generation: AtomicU32,
+    /// Somebody outside this process writes to the line.
+    lent: AtomicBool,
     line: EventFd,
 }
 
@@ -33,6 +36,7 @@ impl Interrupt {
                 pending: AtomicU32::new(0),
                 reset_needed: AtomicBool::new(false),
                 config_generation: AtomicU32::new(0),
+                lent: AtomicBool::new(false),
                 line,
             }),
         }
@@ -41,6 +45,14 @@ impl Interrupt {
     /// The descriptor that carries the interrupt to the guest.
     pub fn line(&self) -> &EventFd {
         &self.shared.line
+    }
+
+    /// Lends the line to somebody who writes to it when used buffers were added, and does not tell of it here: until
+    /// the next reset the driver is told to look at its queues at every interrupt.
+    pub fn lend_line(&self) -> io::Result<EventFd> {
+        let line = self.shared.line.try_clone()?;
+        self.shared.lent.store(true, Ordering::Release);
+        Ok(line)
     }
 
     /// Used buffers were added to a queue.
@@ -62,7 +74,8 @@ impl Interrupt {
 
     /// InterruptStatus register.
     pub fn pending(&self) -> u32 {
-        self.shared.pending.load(Ordering::Acquire)
+        let lent = if self.shared.lent.load(Ordering::Acquire) { VIRTIO_MMIO_INT_VRING } else { 0 };
+        self.shared.pending.load(Ordering::Acquire) | lent
     }
 
     /// InterruptACK register: the bits in `acked` are no longer pending.
@@ -78,6 +91,7 @@ impl Interrupt {
     /// Forgets what is pending, as a device reset does.
     pub fn reset(&self) {
         self.shared.pending.store(0, Ordering::Release);
+        self.shared.lent.store(false, Ordering::Release);
         self.shared.reset_needed.store(false, Ordering::Release);
     }
 

@@ -19,6 +19,7 @@ pub mod queue;
 mod random;
 pub mod rate_limiter;
 pub mod rng;
+pub mod vhost_user;
 pub mod vsock;
 pub mod worker;
 

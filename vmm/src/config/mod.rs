@@ -11,6 +11,7 @@ mod serial;
 pub use devices::virtio::blk::BlkConfig;
 pub use devices::virtio::fs::FsConfig;
 pub use devices::virtio::net::NetConfig;
+pub use devices::virtio::vhost_user::VhostUserConfig;
 pub use devices::virtio::vsock::VsockConfig;
 
 pub use crate::memory::image::Placement;
@@ -40,6 +41,9 @@ pub struct MachineConfig {
     pub blk: Vec<BlkConfig>,
     /// Network interfaces, in the order of their names in the guest: `eth0`, `eth1`.
     pub net: Vec<NetConfig>,
+    /// Devices that other processes serve, after those of the same kind that this one serves. They need a memory that
+    /// others can see: [`MemoryBacking::Shared`], or a shared file.
+    pub vhost_user: Vec<VhostUserConfig>,
     /// Sockets between the guest and this process.
     pub vsock: Option<VsockConfig>,
     /// A source of entropy.
@@ -59,6 +63,7 @@ impl MachineConfig {
             fs: Vec::new(),
             blk: Vec::new(),
             net: Vec::new(),
+            vhost_user: Vec::new(),
             vsock: None,
             rng: None,
         }

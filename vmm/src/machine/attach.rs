@@ -17,6 +17,7 @@ use devices::virtio::fs::{Fs, FsConfig, FsError, ShareControl};
 use devices::virtio::mmio::QUEUE_NOTIFY;
 use devices::virtio::net::{Net, NetConfig};
 use devices::virtio::rng::Rng;
+use devices::virtio::vhost_user::{VhostUser, VhostUserConfig, VhostUserError};
 use devices::virtio::vsock::{Connector, Vsock, VsockConfig, VsockError};
 use devices::virtio::{Interrupt, MmioTransport, VirtioDevice};
 
@@ -58,6 +59,9 @@ pub enum AttachError {
     /// A drive that is none.
     #[error(transparent)]
     Blk(#[from] BlkError),
+    /// A backend that is not there, or of no use.
+    #[error(transparent)]
+    VhostUser(#[from] VhostUserError),
     /// A vsock device that cannot be made.
     #[error(transparent)]
     Vsock(#[from] VsockError),
@@ -123,6 +127,10 @@ impl<'a> VirtioSlots<'a> {
 
     pub(super) fn net(&mut self, config: NetConfig) -> Result<(), AttachError> {
         self.attach(Box::new(Net::new(config)), Role::Io)
+    }
+
+    pub(super) fn vhost_user(&mut self, config: VhostUserConfig) -> Result<(), AttachError> {
+        self.attach(Box::new(VhostUser::new(config, self.memory)?), Role::Io)
     }
 
     pub(super) fn vsock(&mut self, config: VsockConfig) -> Result<Connector, AttachError> {

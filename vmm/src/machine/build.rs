@@ -66,8 +66,20 @@ pub enum BuildError {
 impl Machine {
     /// Builds a machine whose processors wait for [`start`](Machine::start).
     pub fn build(config: MachineConfig) -> Result<Self, BuildError> {
-        let MachineConfig { name, vcpus, memory: memory_config, boot, images, serial, fs, blk, net, vsock, rng } =
-            config;
+        let MachineConfig {
+            name,
+            vcpus,
+            memory: memory_config,
+            boot,
+            images,
+            serial,
+            fs,
+            blk,
+            net,
+            vhost_user,
+            vsock,
+            rng,
+        } = config;
         if vcpus == 0 || vcpus > layout::MAX_VCPUS {
             return Err(BuildError::Vcpus(vcpus));
         }
@@ -90,6 +102,7 @@ impl Machine {
         let shares = fs.into_iter().map(|config| slots.fs(config)).collect::<Result<_, _>>()?;
         blk.into_iter().try_for_each(|config| slots.blk(config))?;
         net.into_iter().try_for_each(|config| slots.net(config))?;
+        vhost_user.into_iter().try_for_each(|config| slots.vhost_user(config))?;
         let vsock = vsock.map(|config| slots.vsock(config)).transpose()?;
         rng.map(|RngConfig| slots.rng()).transpose()?;
         let loops = slots.into_loops();
