@@ -150,7 +150,7 @@ mod tests {
 
     #[test]
     fn the_list_names_both_kinds() {
-        assert!(listed("install").contains(&"qemu-system-x86"));
+        assert!(listed("install").contains(&"seabios"));
         assert!(listed("unpack").contains(&"containerd"));
         assert!(listed("unpack").contains(&KERNEL_META));
     }

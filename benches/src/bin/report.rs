@@ -51,9 +51,13 @@ fn machine() -> Result<String> {
     let model = cpuinfo.lines().find_map(|line| line.strip_prefix("model name")).unwrap_or("?");
     let kernel = fs::read_to_string("/proc/sys/kernel/osrelease")?;
     let cores = std::thread::available_parallelism()?;
-    let qemu =
-        Command::new("qemu-system-x86_64").arg("--version").output().map(|output| output.stdout).unwrap_or_default();
-    let qemu = String::from_utf8_lossy(&qemu).lines().next().unwrap_or("not installed").to_owned();
+    let qemu = if virtualized()? {
+        "none".to_owned()
+    } else {
+        let built = output(&mut Command::new("tests/nested/qemu/build"))?;
+        let version = output(Command::new(built.trim_end()).arg("--version"))?;
+        version.lines().next().unwrap_or("unknown").to_owned()
+    };
     Ok(format!(
         "{} cores of {}, Linux {}, hardware virtualization: {}, QEMU: {qemu}.\n",
         cores,

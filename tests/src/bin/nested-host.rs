@@ -132,9 +132,9 @@ struct HostArgs {
     /// QEMU's CPU model; docs/nested-host.md says why features are off and what was measured.
     #[arg(long, default_value = "max,+svm,-la57,-pku,-smap,-smep,-fsgsbase,-xsave")]
     cpu: String,
-    /// QEMU's program.
-    #[arg(long, default_value = "qemu-system-x86_64")]
-    qemu: PathBuf,
+    /// QEMU's program, instead of the one that is built with corrections (tests/nested/qemu).
+    #[arg(long)]
+    qemu: Option<PathBuf>,
     /// QEMU's accelerator, with its options.
     #[arg(long, default_value = "tcg,thread=multi,tb-size=1024")]
     accel: String,
@@ -142,7 +142,7 @@ struct HostArgs {
     #[arg(long, default_value = "")]
     append: String,
     /// How often a run is tried again after a failure of the nested host itself.
-    #[arg(long, default_value_t = 5)]
+    #[arg(long, default_value_t = 2)]
     host_retries: u32,
     /// Keeps console, logs and what the command writes to $INLAY_ARTEFACTS in this directory.
     #[arg(long)]
@@ -150,8 +150,14 @@ struct HostArgs {
 }
 
 impl HostArgs {
-    fn session(self) -> Result<Session> {
-        let Self { smp, memory, cpu, qemu, accel, append, .. } = self;
+    /// Without a nested host there is no QEMU to build.
+    fn session(self, on_machine: bool) -> Result<Session> {
+        let Self { smp, memory, cpu, accel, append, .. } = self;
+        let qemu = match self.qemu {
+            Some(qemu) => qemu,
+            None if on_machine => PathBuf::new(),
+            None => nested::build_qemu()?,
+        };
         Session::new(Shape { qemu, cpu, smp, memory, accel, append }, self.host_retries, self.artefacts)
     }
 }
@@ -174,6 +180,9 @@ fn setup() -> Result<ExitCode> {
     let image = Image::prepare()?;
     println!("setup: kernel {}", image.kernel.display());
     println!("setup: initrd {}", image.initrd.display());
+    if !machine::virtualization().0 {
+        println!("setup: QEMU {}", nested::build_qemu()?.display());
+    }
     println!("setup: image {} in {}", images::BUSYBOX, images::busybox()?.display());
     println!("setup: image {} in {}", images::DEBIAN, images::debian()?.display());
     Ok(ExitCode::SUCCESS)
@@ -194,7 +203,7 @@ fn start_demo(args: DemoArgs) -> Result<ExitCode> {
 
 fn run_to_the_end(host: HostArgs, on_machine: bool, command: Vec<String>, limit: Duration) -> Result<ExitCode> {
     nested::install_signals()?;
-    let mut session = host.session()?;
+    let mut session = host.session(on_machine)?;
     if on_machine {
         return Ok(ended(&session.run_on_machine(command, limit)?));
     }
@@ -208,7 +217,7 @@ fn test(args: TestArgs) -> Result<ExitCode> {
     nested::install_signals()?;
     let on_machine = !args.nested && choose();
     let binary = args.binary.map_or_else(trial::build, Ok)?;
-    let mut session = args.host.session()?;
+    let mut session = args.host.session(on_machine)?;
     let limit = Duration::from_secs(args.timeout);
     if on_machine {
         let mut command = vec![binary, "--test-threads=1".into()];
@@ -227,7 +236,7 @@ fn start_soak(args: SoakArgs) -> Result<ExitCode> {
     nested::install_signals()?;
     let soak = Soak { lives: args.lives, per_host: args.per_host, runtime: args.runtime, shim: args.shim };
     let program = std::env::current_exe().context("Cannot find this program's own path")?;
-    let well = soak::run(&mut args.host.session()?, &soak, &program.to_string_lossy())?;
+    let well = soak::run(&mut args.host.session(false)?, &soak, &program.to_string_lossy())?;
     Ok(if well { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 

@@ -11,7 +11,6 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use kvm_ioctls::{Kvm, VmFd};
 use nix::mount::{MsFlags, mount};
 use nix::sys::reboot::{RebootMode, reboot};
 use nix::sys::wait::{WaitStatus, wait};
@@ -35,7 +34,6 @@ type Channel = Arc<Mutex<File>>;
 pub fn run() -> Result<()> {
     let started = Instant::now();
     furnish()?;
-    let _hot = keep_schedule_unpatched()?;
     let mut port = open_port()?;
     Frame::Hello.write(&mut port)?;
     let Frame::Request(request) = Frame::read(&mut port)? else {
@@ -78,16 +76,6 @@ fn furnish() -> Result<()> {
     fs::write("/proc/sys/kernel/hostname", "nested\n")?;
     fs::write("/proc/sys/net/ipv4/ip_forward", "1\n")?;
     loopback()
-}
-
-/// A virtual machine that does nothing, for as long as the host runs.
-///
-/// With the first machine of a host KVM patches the kernel's `__schedule` (the static key of preemption notifiers), with the last
-/// one it patches it back. QEMU before 8.1 may translate a patched instruction at the moment it changes and keep what it was: every
-/// processor then traps on a breakpoint that is no longer there, for ever. See docs/nested-host.md.
-fn keep_schedule_unpatched() -> Result<VmFd> {
-    let kvm = Kvm::new().context("Cannot open /dev/kvm")?;
-    kvm.create_vm().context("Cannot create a virtual machine")
 }
 
 /// Switches the loopback device on.

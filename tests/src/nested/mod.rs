@@ -18,7 +18,7 @@ pub mod trial;
 pub use image::Image;
 pub use inside::run as run_inside;
 pub use newc::Archive;
-pub use qemu::Shape;
+pub use qemu::{Shape, build as build_qemu};
 pub use session::Session;
 pub use signals::install as install_signals;
 pub use supervise::{Ending, HostFailure, Output, Run};

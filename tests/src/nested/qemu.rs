@@ -15,7 +15,7 @@ use std::process::{self, Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::{Signal, killpg};
@@ -24,6 +24,12 @@ use nix::unistd::Pid;
 use super::channel::PORT;
 use super::image::Image;
 use super::inside::ARTEFACTS_TAG;
+
+/// Builds our QEMU; see there why it is not Debian's.
+const BUILD: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/nested/qemu/build");
+
+/// Where Debian's packages have QEMU's firmware: seabios, and the option ROMs of qemu-system-data.
+const FIRMWARE: [&str; 2] = ["/usr/share/seabios", "/usr/share/qemu"];
 
 /// virtiofsd in C, from the package qemu-system-common.
 const VIRTIOFSD: &str = "/usr/lib/qemu/virtiofsd";
@@ -64,6 +70,14 @@ pub struct Shape {
     pub append: String,
 }
 
+/// The path of our QEMU, which is built if the cache does not have it.
+pub fn build() -> Result<PathBuf> {
+    let output = Command::new(BUILD).stdin(Stdio::null()).stderr(Stdio::inherit()).output();
+    let output = output.with_context(|| format!("Cannot run {BUILD}"))?;
+    ensure!(output.status.success(), "{BUILD} ended with {}", output.status);
+    Ok(PathBuf::from(String::from_utf8(output.stdout)?.trim_end()))
+}
+
 /// A running nested host; dropped, it is gone.
 pub struct Qemu {
     /// QEMU first: it is the one whose end matters.
@@ -87,6 +101,9 @@ impl Qemu {
         let inside = std::env::current_exe().context("Cannot find this program's own path")?;
         let mut command = Command::new(&shape.qemu);
         command.args(["-accel", &shape.accel, "-nodefaults", "-no-user-config", "-no-reboot"]);
+        for dir in FIRMWARE {
+            command.args(["-L", dir]);
+        }
         command.args(["-display", "none", "-machine", "q35,memory-backend=memory"]);
         command.args(["-cpu", &shape.cpu, "-smp", &shape.smp.to_string(), "-m", &shape.memory]);
         command.args(["-object", &format!("memory-backend-memfd,id=memory,size={},share=on", shape.memory)]);
