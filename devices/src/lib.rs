@@ -27,7 +27,7 @@ pub mod testkit;
 pub mod virtio;
 
 pub use bus::BusDevice;
-pub use event::{EventLoop, Subscriber};
+pub use event::{ActiveHalf, EventLoop, Subscriber};
 
 /// The guest's physical memory, as every device sees it.
 ///

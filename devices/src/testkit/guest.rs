@@ -43,7 +43,11 @@ pub struct Running {
 impl Guest {
     /// A machine with `device`.
     pub fn new(device: Box<dyn VirtioDevice>) -> Self {
-        let memory = memory();
+        Self::with_memory(device, memory())
+    }
+
+    /// A machine with `device` and a memory that is there already.
+    pub fn with_memory(device: Box<dyn VirtioDevice>, memory: GuestMemory) -> Self {
         let event_loop = Arc::new(ThreadLoop::start());
         let line = EventFd::new(EFD_NONBLOCK).unwrap();
         let interrupt = Interrupt::new(line.try_clone().unwrap());
@@ -225,6 +229,17 @@ impl Guest {
 }
 
 impl Running {
+    /// Saves the device, and goes on with `device` in another machine that has this one's memory.
+    pub fn move_to(self, device: Box<dyn VirtioDevice>) -> Self {
+        let Self { guest, rings } = self;
+        guest.transport.park();
+        let state = guest.transport.save().expect("A device that can be saved");
+        let moved = Guest::with_memory(device, guest.memory.clone());
+        moved.transport.restore(&state).expect("A device that takes the state");
+        moved.transport.unpark();
+        Self { guest: moved, rings }
+    }
+
     /// Waits until queue `index` has `count` more used entries and returns them.
     pub fn wait_used(&mut self, index: usize, count: usize) -> Vec<(u16, u32)> {
         let ring = &mut self.rings[index];

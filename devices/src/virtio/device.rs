@@ -6,6 +6,7 @@ use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::virtio::Interrupt;
+use crate::virtio::state::{DeviceState, RestoreError, SaveError};
 use crate::{GuestMemory, Subscriber};
 
 /// The configuration half of a virtio device.
@@ -17,10 +18,12 @@ use crate::{GuestMemory, Subscriber};
 ///     │                                                        │ guest error: Interrupt::needs_reset
 ///     └────────────────────────────────────────────────────────┘
 ///        driver writes 0: the transport takes the active half out of its loop, then reset()
+///
+///   active ──ActiveHalf::park()──▶ parked ──activate()──▶ active     save() only here
 /// ```
 ///
 /// The transport enforces the order (virtio 1.2 section 3.1.1): a device never sees `activate`
-/// twice without a `reset` between, and features are final when `activate` is called.
+/// twice without a `reset` or a `park` between, and features are final when `activate` is called.
 pub trait VirtioDevice: Send {
     /// Device type (virtio 1.2 section 5), such as 2 for a block device.
     fn device_type(&self) -> u32;
@@ -45,6 +48,19 @@ pub trait VirtioDevice: Send {
 
     /// Goes back to the state before `activate`. The active half is already out of its loop.
     fn reset(&mut self) {}
+
+    /// What a snapshot needs beside queues and features. Called while the device is parked or not
+    /// active. A device that does not say how it is saved cannot be.
+    fn save(&self) -> Result<DeviceState, SaveError> {
+        Err(SaveError::Unsupported { device_type: self.device_type() })
+    }
+
+    /// Takes over what [`save`](Self::save) returned in another process. `activate` follows when
+    /// the guest's driver had brought the device up.
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        let _ = state;
+        Err(RestoreError::Unsupported { device_type: self.device_type() })
+    }
 }
 
 /// What a device gets at `DRIVER_OK`.

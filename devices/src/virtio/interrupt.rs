@@ -95,6 +95,13 @@ impl Interrupt {
         self.shared.reset_needed.store(false, Ordering::Release);
     }
 
+    /// Takes over what was saved. Nothing is raised.
+    pub fn restore(&self, pending: u32, reset_needed: bool, config_generation: u32) {
+        self.shared.pending.store(pending, Ordering::Release);
+        self.shared.reset_needed.store(reset_needed, Ordering::Release);
+        self.shared.config_generation.store(config_generation, Ordering::Release);
+    }
+
     /// ConfigGeneration register.
     pub fn config_generation(&self) -> u32 {
         self.shared.config_generation.load(Ordering::Acquire)

@@ -13,12 +13,15 @@ pub mod device;
 pub mod fs;
 pub mod interrupt;
 pub mod mmio;
+#[cfg(test)]
+mod moving;
 pub mod net;
 pub mod queue;
 #[cfg(test)]
 mod random;
 pub mod rate_limiter;
 pub mod rng;
+pub mod state;
 pub mod vhost_user;
 pub mod vsock;
 pub mod worker;
@@ -26,3 +29,4 @@ pub mod worker;
 pub use device::{ActivateError, Activation, ActiveQueue, VirtioDevice};
 pub use interrupt::Interrupt;
 pub use mmio::MmioTransport;
+pub use state::{DeviceState, RestoreError, SaveError, TransportState};

@@ -2,10 +2,11 @@
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use tracing::{error, warn};
+use virtio_queue::Queue;
 
-use crate::GuestMemory;
 use crate::virtio::Interrupt;
 use crate::virtio::queue::{Chain, QueueError, VirtQueue};
+use crate::{ActiveHalf, GuestMemory};
 
 /// The pure half of a device: a chain in, bytes written out. It knows no events.
 pub trait ChainHandler: Send {
@@ -57,5 +58,12 @@ impl<H: ChainHandler> MutEventSubscriber for QueueWorker<H> {
 
     fn process(&mut self, _events: Events, ops: &mut EventOps) {
         self.serve(ops);
+    }
+}
+
+impl<H: ChainHandler> ActiveHalf for QueueWorker<H> {
+    /// Nothing is in flight between two events.
+    fn park(self: Box<Self>) -> Vec<Option<Queue>> {
+        vec![Some(self.queue.park(0))]
     }
 }

@@ -105,7 +105,10 @@ mod tests {
     use super::*;
     use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
     use std::sync::mpsc::{Sender, channel};
+    use virtio_queue::Queue;
     use vmm_sys_util::eventfd::EventFd;
+
+    use devices::ActiveHalf;
 
     struct Echo {
         event: EventFd,
@@ -121,6 +124,12 @@ mod tests {
         fn init(&mut self, ops: &mut EventOps) {
             ops.add(Events::new(&self.event, EventSet::IN)).expect("add");
             self.seen.send("init").expect("receiver");
+        }
+    }
+
+    impl ActiveHalf for Echo {
+        fn park(self: Box<Self>) -> Vec<Option<Queue>> {
+            Vec::new()
         }
     }
 

@@ -11,7 +11,7 @@ use super::handle::{BalloonHandle, Shared};
 use super::layout::QUEUES;
 use crate::Subscriber;
 use crate::virtio::queue::RING_FEATURES;
-use crate::virtio::{ActivateError, Activation, VirtioDevice, config_space};
+use crate::virtio::{ActivateError, Activation, DeviceState, RestoreError, SaveError, VirtioDevice, config_space};
 
 /// Feature bits (section 5.5.3). `MUST_TELL_HOST` is not offered: a page that the guest takes
 /// back comes back when it is touched. Neither is `PAGE_POISON`: what comes back is zero, or what
@@ -107,5 +107,16 @@ impl VirtioDevice for Balloon {
 
     fn reset(&mut self) {
         self.shared.deactivated();
+    }
+
+    fn save(&self) -> Result<DeviceState, SaveError> {
+        DeviceState::encode(VIRTIO_ID_BALLOON, &self.shared.size())
+    }
+
+    /// A run of hints that was under way is over: nobody waits for it in this process.
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        let (target, actual) = state.decode(VIRTIO_ID_BALLOON)?;
+        self.shared.set_size(target, actual);
+        Ok(())
     }
 }

@@ -5,14 +5,16 @@ use std::time::Duration;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use tracing::{error, warn};
+use virtio_queue::Queue;
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::handle::Shared;
 use super::hinting::Hints;
 use super::inflate::Inflate;
-use super::layout::{DEFLATE, INFLATE, Layout};
+use super::layout::{DEFLATE, INFLATE, Layout, QUEUES};
 use super::reclaim::discard;
 use super::stats::{GuestStats, MAX_STATS, STAT_SIZE};
+use crate::ActiveHalf;
 use crate::virtio::queue::{Chain, QueueError, VirtQueue};
 use crate::virtio::{ActivateError, Activation, Interrupt};
 
@@ -32,6 +34,7 @@ const INTERVAL_CHANGED: u32 = 6;
 
 /// The active half of a balloon.
 pub struct Engine {
+    layout: Layout,
     inflate: VirtQueue,
     inflater: Inflate,
     deflate: VirtQueue,
@@ -64,6 +67,7 @@ impl Engine {
             hints: layout.hints.map(&mut take).transpose()?,
             hinted: Hints::new(),
             reports: layout.reports.map(&mut take).transpose()?,
+            layout,
             timer: TimerFd::new().map_err(|error| ActivateError::Setup(error.into()))?,
             interrupt,
             shared,
@@ -184,6 +188,24 @@ impl Engine {
                 self.stop(ops);
             }
         }
+    }
+}
+
+impl ActiveHalf for Engine {
+    /// The report that the device holds is the driver's again, to be read once more.
+    fn park(self: Box<Self>) -> Vec<Option<Queue>> {
+        let mut queues: Vec<Option<Queue>> = (0..QUEUES).map(|_| None).collect();
+        let mut put = |index: Option<usize>, queue: Option<VirtQueue>, unserved: u16| {
+            if let (Some(place), Some(queue)) = (index.and_then(|index| queues.get_mut(index)), queue) {
+                *place = Some(queue.park(unserved));
+            }
+        };
+        put(Some(INFLATE), Some(self.inflate), 0);
+        put(Some(DEFLATE), Some(self.deflate), 0);
+        put(self.layout.stats, self.stats, u16::from(self.report.is_some()));
+        put(self.layout.hints, self.hints, 0);
+        put(self.layout.reports, self.reports, 0);
+        queues
     }
 }
 

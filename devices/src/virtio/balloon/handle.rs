@@ -86,6 +86,18 @@ impl Shared {
         self.tell_host();
     }
 
+    /// Pages that the guest is to give back, and that it says it has.
+    pub(super) fn size(&self) -> (u32, u32) {
+        let state = self.lock();
+        (state.target, state.actual)
+    }
+
+    /// Takes over what [`size`](Self::size) said in another process.
+    pub(super) fn set_size(&self, target: u32, actual: u32) {
+        let mut state = self.lock();
+        (state.target, state.actual) = (target.min(pages(self.memory)), actual);
+    }
+
     pub(super) fn activated(&self, interrupt: Interrupt) {
         self.lock().interrupt = Some(interrupt);
     }

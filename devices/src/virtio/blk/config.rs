@@ -15,7 +15,7 @@ use super::request::RequestHandler;
 use crate::Subscriber;
 use crate::virtio::queue::{RING_FEATURES, VirtQueue};
 use crate::virtio::worker::QueueWorker;
-use crate::virtio::{ActivateError, Activation, VirtioDevice, config_space};
+use crate::virtio::{ActivateError, Activation, DeviceState, RestoreError, SaveError, VirtioDevice, config_space};
 
 /// Bytes of a sector, the unit of every position and length on the wire (section 5.2.4).
 pub(super) const SECTOR_SIZE: u32 = 512;
@@ -136,5 +136,13 @@ impl VirtioDevice for Blk {
         let write_through = acked_features & (1 << VIRTIO_BLK_F_FLUSH) == 0;
         let handler = RequestHandler::new(Arc::clone(&self.disk), self.serial, write_through);
         Ok(Box::new(QueueWorker::new("blk", queue, handler, interrupt)))
+    }
+
+    fn save(&self) -> Result<DeviceState, SaveError> {
+        Ok(DeviceState::nothing())
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        state.expect_nothing(VIRTIO_ID_BLOCK)
     }
 }

@@ -8,14 +8,14 @@ use fuse_backend_rs::abi::fuse_abi::{InHeader, Opcode, OutHeader};
 use fuse_backend_rs::api::server::{MAX_BUFFER_SIZE, Server};
 use fuse_backend_rs::transport::{Reader, VirtioFsWriter, Writer};
 use tracing::{debug, error, warn};
-use virtio_queue::DescriptorChain;
+use virtio_queue::{DescriptorChain, Queue};
 use vm_memory::ByteValued;
 
 use super::pool::{Answered, Class, Job, Pool};
 use super::share::Share;
-use crate::GuestMemory;
 use crate::virtio::queue::{CHAINS_PER_WAKE_UP, QueueError, VirtQueue};
 use crate::virtio::{Activation, Interrupt};
+use crate::{ActiveHalf, GuestMemory};
 
 /// Largest request and answer: the data of one READ or WRITE, and headers. What the server
 /// allocates for a request is bounded by this, and what all of them do by the number of threads.
@@ -232,6 +232,30 @@ fn refuse(mut request: Reader<'_>, mut answer: VirtioFsWriter<'_>, errno: i32) -
     }
     let out = OutHeader { len: OUT_HEADER_LEN, error: errno.saturating_neg(), unique: header.unique };
     answer.write_all(out.as_slice()).map_or(0, |()| out.as_slice().len())
+}
+
+impl ActiveHalf for Engine {
+    /// Requests that went to the pool are answered first.
+    fn park(mut self: Box<Self>) -> Vec<Option<Queue>> {
+        self.pool.drain();
+        let mut broken: Vec<_> = self.add_answered().into_iter().map(|(index, _)| index).collect();
+        let mut notify = false;
+        for (index, queue) in self.queues.iter_mut().enumerate() {
+            match queue.as_mut().map(VirtQueue::needs_notification) {
+                Some(Ok(wanted)) => notify |= wanted,
+                Some(Err(_)) => broken.push(index),
+                None => {}
+            }
+        }
+        if notify {
+            self.interrupt.used_buffers();
+        }
+        if !broken.is_empty() {
+            self.interrupt.needs_reset();
+        }
+        let queues = std::mem::take(&mut self.queues);
+        queues.into_iter().map(|queue| queue.map(|queue| queue.park(0))).collect()
+    }
 }
 
 impl MutEventSubscriber for Engine {

@@ -21,7 +21,7 @@ use self::pool::Pool;
 use self::share::{Share, Switches};
 use crate::Subscriber;
 use crate::virtio::queue::RING_FEATURES;
-use crate::virtio::{ActivateError, Activation, VirtioDevice, config_space};
+use crate::virtio::{ActivateError, Activation, DeviceState, RestoreError, SaveError, VirtioDevice, config_space};
 
 /// Longest tag in bytes (section 5.11.4).
 pub const MAX_TAG: usize = 36;
@@ -104,6 +104,7 @@ pub enum FsError {
 
 /// The configuration half of a file system device.
 pub struct Fs {
+    tag: String,
     config_space: Vec<u8>,
     queue_sizes: Vec<u16>,
     share: Arc<Share>,
@@ -136,7 +137,14 @@ impl Fs {
         tag.resize(MAX_TAG, 0);
         tag.extend(u32::from(config.num_request_queues).to_le_bytes());
         let queues = usize::from(config.num_request_queues).saturating_add(1);
-        Ok(Self { config_space: tag, queue_sizes: vec![config.queue_size; queues], serve, pool, share })
+        Ok(Self {
+            tag: config.tag,
+            config_space: tag,
+            queue_sizes: vec![config.queue_size; queues],
+            serve,
+            pool,
+            share,
+        })
     }
 
     /// A handle on the shared directory that outlives giving the device to its transport.
@@ -186,5 +194,20 @@ impl VirtioDevice for Fs {
 
     fn reset(&mut self) {
         self.share.reset();
+    }
+
+    /// What the guest knows of the directory are descriptors of this process: it must have
+    /// forgotten all but the root.
+    fn save(&self) -> Result<DeviceState, SaveError> {
+        if !self.share.only_root_known() {
+            let device = format!("shared directory {}", self.tag);
+            return Err(SaveError::Busy { device, reason: "the guest knows files of it" });
+        }
+        DeviceState::encode(VIRTIO_ID_FS, &self.share.writes_back())
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        self.share.set_writes_back(state.decode(VIRTIO_ID_FS)?);
+        Ok(())
     }
 }

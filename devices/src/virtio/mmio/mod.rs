@@ -7,6 +7,7 @@
 
 mod queue_setup;
 mod registers;
+mod snapshot;
 mod status;
 #[cfg(test)]
 mod tests;
@@ -23,7 +24,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::virtio::{ActivateError, Activation, ActiveQueue, Interrupt, VirtioDevice};
 use crate::{BusDevice, EventLoop, GuestMemory};
-use queue_setup::QueueSetupError;
+pub use queue_setup::QueueSetupError;
 use registers::Registers;
 use status::{Phase, Status, Transition};
 
@@ -171,6 +172,7 @@ impl MmioTransport {
             Transition::Reset => self.reset_locked(&mut registers),
             Transition::Fail => {
                 self.deactivate(&mut registers);
+                registers.parked = false;
                 registers.status = registers.status.failed();
             }
             // The driver reads the register back to learn whether its choice is accepted.

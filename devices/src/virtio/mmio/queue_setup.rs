@@ -4,6 +4,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryError};
 
 use crate::GuestMemory;
+use crate::virtio::state::QueueState;
 
 /// A queue as the driver has described it so far. Nothing is checked before `DRIVER_OK`.
 pub struct QueueSetup {
@@ -19,6 +20,10 @@ pub struct QueueSetup {
     pub avail: u64,
     /// QueueDevice, guest physical.
     pub used: u64,
+    /// Where a parked device goes on in the available ring; 0 for a fresh one.
+    pub next_avail: u16,
+    /// The same in the used ring.
+    pub next_used: u16,
 }
 
 /// Why a queue cannot be used.
@@ -79,7 +84,28 @@ const USED: Part = Part { name: "used ring", align: 4, fixed_size: 6, size_per_e
 impl QueueSetup {
     /// A queue after reset.
     pub fn new(max_size: u16) -> Self {
-        Self { max_size, size: max_size.into(), ready: false, descriptors: 0, avail: 0, used: 0 }
+        Self {
+            max_size,
+            size: max_size.into(),
+            ready: false,
+            descriptors: 0,
+            avail: 0,
+            used: 0,
+            next_avail: 0,
+            next_used: 0,
+        }
+    }
+
+    /// What a snapshot has of it.
+    pub fn save(&self) -> QueueState {
+        let Self { max_size: _, size, ready, descriptors, avail, used, next_avail, next_used } = *self;
+        QueueState { size, ready, descriptors, avail, used, next_avail, next_used }
+    }
+
+    /// A queue as it was saved. Nothing is checked.
+    pub fn restored(max_size: u16, state: &QueueState) -> Self {
+        let QueueState { size, ready, descriptors, avail, used, next_avail, next_used } = *state;
+        Self { max_size, size, ready, descriptors, avail, used, next_avail, next_used }
     }
 
     /// Checks the description against `memory` and makes the queue of it.
@@ -97,6 +123,8 @@ impl QueueSetup {
         queue.try_set_desc_table_address(descriptors).map_err(QueueSetupError::Queue)?;
         queue.try_set_avail_ring_address(avail).map_err(QueueSetupError::Queue)?;
         queue.try_set_used_ring_address(used).map_err(QueueSetupError::Queue)?;
+        queue.set_next_avail(self.next_avail);
+        queue.set_next_used(self.next_used);
         queue.set_ready(true);
         Ok(queue)
     }

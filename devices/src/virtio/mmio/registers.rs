@@ -26,6 +26,8 @@ pub struct Registers {
     pub queues: Vec<QueueSetup>,
     /// The active half, while it is in the event loop.
     pub active: Option<SubscriberId>,
+    /// The device is to be activated where it was parked.
+    pub parked: bool,
 }
 
 impl Registers {
@@ -41,6 +43,7 @@ impl Registers {
             queue_sel: 0,
             queues,
             active: None,
+            parked: false,
         }
     }
 
@@ -49,7 +52,8 @@ impl Registers {
         feature_word(self.offered_features(), self.device_features_sel)
     }
 
-    fn offered_features(&self) -> u64 {
+    /// What the device offers, and what the transport adds to it.
+    pub fn offered_features(&self) -> u64 {
         self.device.features() | (1 << VIRTIO_F_VERSION_1)
     }
 
@@ -111,6 +115,7 @@ impl Registers {
         self.driver_features_sel = 0;
         self.driver_features = 0;
         self.queue_sel = 0;
+        self.parked = false;
         for queue in &mut self.queues {
             *queue = QueueSetup::new(queue.max_size);
         }

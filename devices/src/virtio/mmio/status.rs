@@ -84,6 +84,18 @@ impl Status {
         !self.failed && self.phase >= Phase::Driver
     }
 
+    /// Whether features are final.
+    pub fn has_features(self) -> bool {
+        self.phase >= Phase::FeaturesOk
+    }
+
+    /// The state in which the register has the value `bits`, if there is one.
+    pub fn from_bits(bits: u32) -> Option<Self> {
+        let phases = [Phase::Reset, Phase::Acknowledged, Phase::Driver, Phase::FeaturesOk, Phase::DriverOk];
+        let states = phases.into_iter().flat_map(|phase| [Self::at(phase), Self::at(phase).failed()]);
+        states.into_iter().find(|state| state.bits() == bits)
+    }
+
     /// The register's value.
     pub fn bits(self) -> u32 {
         self.phase.bits() | if self.failed { VIRTIO_CONFIG_S_FAILED } else { 0 }
@@ -150,6 +162,16 @@ mod tests {
                 assert_eq!(status.transition(written), Transition::None);
             }
             assert_eq!(status.transition(0), Transition::Reset);
+        }
+    }
+
+    #[test]
+    fn a_status_is_read_back_from_its_bits_and_from_no_others() {
+        let possible: Vec<u32> = PHASES.into_iter().flat_map(|(_, bits)| [bits, bits | 0x80]).collect();
+        for bits in 0..=0x1ff_u32 {
+            let status = Status::from_bits(bits);
+            assert_eq!(status.is_some(), possible.contains(&bits), "{bits:#x}");
+            assert!(status.is_none_or(|status| status.bits() == bits));
         }
     }
 

@@ -4,9 +4,12 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 
+use virtio_queue::{Queue, QueueT};
+
 use super::*;
-use crate::Subscriber;
 use crate::testkit::{Guest, HIGH_REGION, REGION_SIZE, Ring, eventually};
+use crate::virtio::{DeviceState, RestoreError, SaveError};
+use crate::{ActiveHalf, Subscriber};
 
 const MAX_SIZES: [u16; 2] = [256, 64];
 const FEATURES: u64 = 1 << 5 | 1 << 40;
@@ -21,6 +24,7 @@ struct Seen {
     alive: AtomicUsize,
     acked: AtomicU64,
     config: AtomicU64,
+    next_avail: AtomicUsize,
     refuse: AtomicBool,
 }
 
@@ -63,12 +67,22 @@ impl VirtioDevice for Probe {
             return Err(ActivateError::QueueMissing(1));
         }
         self.0.alive.fetch_add(1, Ordering::Relaxed);
-        let queues = activation.queues.into_iter().flatten().collect();
+        let queues: Vec<_> = activation.queues.into_iter().flatten().collect();
+        self.0.next_avail.store(queues.first().map_or(0, |first| first.queue.next_avail()).into(), Ordering::Relaxed);
         Ok(Box::new(ActiveProbe { seen: Arc::clone(&self.0), queues }))
     }
 
     fn reset(&mut self) {
         self.0.resets.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn save(&self) -> Result<DeviceState, SaveError> {
+        DeviceState::encode(self.device_type(), &self.0.config.load(Ordering::Relaxed))
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        self.0.config.store(state.decode(self.device_type())?, Ordering::Relaxed);
+        Ok(())
     }
 }
 
@@ -85,6 +99,19 @@ impl MutEventSubscriber for ActiveProbe {
                 self.seen.kicks.fetch_add(1, Ordering::Relaxed);
             }
         }
+    }
+}
+
+impl ActiveHalf for ActiveProbe {
+    fn park(self: Box<Self>) -> Vec<Option<Queue>> {
+        // As if each queue had served three chains.
+        let serve = |mut queue: Queue| {
+            queue.set_next_avail(queue.next_avail().wrapping_add(3));
+            queue.set_next_used(queue.next_used().wrapping_add(2));
+            queue
+        };
+        let mut parked = *self;
+        std::mem::take(&mut parked.queues).into_iter().map(|active| Some(serve(active.queue))).collect()
     }
 }
 

@@ -14,7 +14,7 @@ use super::rx::Receiver;
 use super::tap::Tap;
 use crate::Subscriber;
 use crate::virtio::queue::{RING_FEATURES, VirtQueue};
-use crate::virtio::{ActivateError, Activation, VirtioDevice, config_space};
+use crate::virtio::{ActivateError, Activation, DeviceState, RestoreError, SaveError, VirtioDevice, config_space};
 
 const RX: usize = 0;
 const TX: usize = 1;
@@ -103,6 +103,14 @@ impl VirtioDevice for Net {
         let merge = acked_features & (1 << VIRTIO_NET_F_MRG_RXBUF) != 0;
         let receiver = Receiver::new(rx, Arc::clone(&self.tap), merge, offloads != 0);
         Ok(Box::new(Engine::new(receiver, tx, Arc::clone(&self.tap), interrupt)))
+    }
+
+    fn save(&self) -> Result<DeviceState, SaveError> {
+        Ok(DeviceState::nothing())
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        state.expect_nothing(VIRTIO_ID_NET)
     }
 }
 

@@ -5,10 +5,12 @@ use std::sync::Arc;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use tracing::{error, warn};
+use virtio_queue::Queue;
 
 use super::rx::{Received, Receiver};
 use super::tap::Tap;
 use super::tx;
+use crate::ActiveHalf;
 use crate::virtio::Interrupt;
 use crate::virtio::queue::{QueueError, VirtQueue};
 
@@ -99,5 +101,13 @@ impl MutEventSubscriber for Engine {
             self.receive(ops)
         };
         self.settle(result, ops);
+    }
+}
+
+impl ActiveHalf for Engine {
+    /// Buffers that wait for frames are the driver's again; what the host sends meanwhile waits in
+    /// the tap.
+    fn park(self: Box<Self>) -> Vec<Option<Queue>> {
+        vec![Some(self.rx.park()), Some(self.tx.park(0))]
     }
 }

@@ -6,6 +6,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use tracing::warn;
+use virtio_queue::Queue;
 
 use super::HEADER_SIZE;
 use super::tap::Tap;
@@ -59,6 +60,12 @@ impl Receiver {
     /// The queue's notifications and interrupts.
     pub fn queue(&mut self) -> &mut VirtQueue {
         &mut self.queue
+    }
+
+    /// Gives the queue back with the buffers that no frame has filled.
+    pub fn park(self) -> Queue {
+        // Each takes at least one entry of a queue whose size is 16 bits.
+        self.queue.park(u16::try_from(self.pending.len()).unwrap_or(u16::MAX))
     }
 
     /// Delivers frames while there are frames and buffers.

@@ -237,6 +237,14 @@ impl VirtQueue {
         let _ = self.kick.write(1);
     }
 
+    /// Gives the queue back. The last `unserved` chains that were taken from it and not completed
+    /// are as if they had never been taken: their places in the available ring are still theirs.
+    pub fn park(mut self, unserved: u16) -> Queue {
+        let next_avail = Wrapping(self.queue.next_avail()) - Wrapping(unserved);
+        self.queue.set_next_avail(next_avail.0);
+        self.queue
+    }
+
     fn write_used(&self, at: Wrapping<u16>, head: u16, len: u32) -> Result<(), QueueError> {
         // The size was checked to be a power of two when the queue was set up.
         let slot = at.0 & self.queue.size().wrapping_sub(1);

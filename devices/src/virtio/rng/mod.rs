@@ -13,7 +13,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 
 use crate::virtio::queue::{Chain, QueueError, RING_FEATURES, VirtQueue};
 use crate::virtio::worker::{ChainHandler, QueueWorker};
-use crate::virtio::{ActivateError, Activation, VirtioDevice};
+use crate::virtio::{ActivateError, Activation, DeviceState, RestoreError, SaveError, VirtioDevice};
 use crate::{GuestMemory, Subscriber};
 
 const QUEUE_SIZE: u16 = 64;
@@ -56,6 +56,14 @@ impl VirtioDevice for Rng {
         let queue = VirtQueue::new(queue, &memory, acked_features);
         let handler = Entropy { source: Arc::clone(&self.source) };
         Ok(Box::new(QueueWorker::new("rng", queue, handler, interrupt)))
+    }
+
+    fn save(&self) -> Result<DeviceState, SaveError> {
+        Ok(DeviceState::nothing())
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        state.expect_nothing(VIRTIO_ID_RNG)
     }
 }
 

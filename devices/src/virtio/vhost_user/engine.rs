@@ -18,8 +18,8 @@ use super::device::Shared;
 use super::resume;
 use super::rings::{Ring, Rings, settle};
 use super::session::{Inflight, Offer, Session, SessionError, connect};
-use crate::GuestMemory;
 use crate::virtio::{ActivateError, Activation, Interrupt};
+use crate::{ActiveHalf, GuestMemory};
 
 /// Events of the loop.
 const DONE: u32 = 0;
@@ -283,6 +283,14 @@ impl Engine {
 impl Drop for Engine {
     fn drop(&mut self) {
         self.stop();
+    }
+}
+
+impl ActiveHalf for Engine {
+    /// The backend ends what it has begun and tells where it stopped; the connection is kept.
+    fn park(mut self: Box<Self>) -> Vec<Option<Queue>> {
+        self.stop();
+        std::mem::take(&mut self.queues)
     }
 }
 

@@ -3,24 +3,30 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use tracing::{debug, error, warn};
-use vmm_sys_util::eventfd::EventFd;
+use virtio_queue::Queue;
 
-use super::connector::Shared;
+use super::Parking;
+use super::connector::{Shared, lock};
 use super::link::RxBuffer;
 use super::muxer::{MAX_TOKEN, Muxer, Watch};
 use super::packet::{HEADER_LEN, HEADER_SIZE, Header};
 use super::uds::UdsServer;
-use crate::GuestMemory;
 use crate::virtio::queue::{Chain, QueueError, VirtQueue};
 use crate::virtio::{ActivateError, Activation, Interrupt};
+use crate::{ActiveHalf, GuestMemory};
 
 /// Queue numbers (virtio 1.2 section 5.10.2).
 const RX_QUEUE: usize = 0;
 const TX_QUEUE: usize = 1;
 const EVENT_QUEUE: usize = 2;
+
+/// `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`, the only event there is, and its length (section 5.10.6.7).
+const TRANSPORT_RESET: u32 = 0;
+const EVENT_LEN: u32 = 4;
 
 /// Packets of the guest that one wake-up takes; the rest waits until the other devices of the
 /// loop had their turn. 64 of Linux's largest packets are 4 MiB.
@@ -44,11 +50,12 @@ pub struct Engine {
     memory: GuestMemory,
     rx: VirtQueue,
     tx: VirtQueue,
-    /// Nothing is reported on the event queue before a machine can be restored.
-    event_kick: Option<EventFd>,
+    /// Says that all connections are gone, in a machine that was restored, and nothing else.
+    events: Option<VirtQueue>,
     interrupt: Interrupt,
     muxer: Muxer,
     shared: Arc<Shared>,
+    parking: Arc<Parking>,
     uds: Option<Arc<UdsServer>>,
     /// Receive buffers taken from the queue and not used yet, in order.
     buffers: Vec<RxBuffer>,
@@ -62,6 +69,7 @@ impl Engine {
         activation: Activation,
         muxer: Muxer,
         shared: Arc<Shared>,
+        parking: Arc<Parking>,
         uds: Option<Arc<UdsServer>>,
     ) -> Result<Self, ActivateError> {
         let Activation { memory, queues, acked_features, interrupt } = activation;
@@ -72,15 +80,16 @@ impl Engine {
         };
         let rx = take(RX_QUEUE)?;
         let tx = take(TX_QUEUE)?;
-        let event_kick = queues.nth(EVENT_QUEUE.saturating_sub(TX_QUEUE).saturating_sub(1));
+        let events = queues.nth(EVENT_QUEUE.saturating_sub(TX_QUEUE).saturating_sub(1)).flatten();
         Ok(Self {
             rx,
             tx,
-            event_kick: event_kick.flatten().map(|active| active.kick),
+            events: events.map(|active| VirtQueue::new(active, &memory, acked_features)),
             memory,
             interrupt,
             muxer,
             shared,
+            parking,
             uds,
             buffers: Vec::new(),
             used: Vec::new(),
@@ -90,8 +99,8 @@ impl Engine {
     fn watch_all(&mut self, ops: &mut EventOps) -> event_manager::Result<()> {
         ops.add(Events::with_data(self.rx.kick(), RX_KICK, EventSet::IN))?;
         ops.add(Events::with_data(self.tx.kick(), TX_KICK, EventSet::IN))?;
-        if let Some(kick) = &self.event_kick {
-            ops.add(Events::with_data(kick, EVENT_KICK, EventSet::IN))?;
+        if let Some(events) = &self.events {
+            ops.add(Events::with_data(events.kick(), EVENT_KICK, EventSet::IN))?;
         }
         ops.add(Events::with_data(self.shared.wake(), WAKE, EventSet::IN))?;
         if let Some(uds) = &self.uds {
@@ -136,6 +145,7 @@ impl Engine {
     }
 
     fn try_pump(&mut self, watch: &mut dyn Watch) -> Result<(), QueueError> {
+        self.tell_reset()?;
         let transmit_again = self.transmit(watch)?;
         let fill_again = self.fill(watch)?;
         // Filling may have made the room that transmitting lacked.
@@ -143,6 +153,24 @@ impl Engine {
             self.shared.wake_up();
         }
         if self.tx.needs_notification()? | self.rx.needs_notification()? {
+            self.interrupt.used_buffers();
+        }
+        Ok(())
+    }
+
+    /// Tells the driver, once it has given a buffer for it, that its connections are gone.
+    fn tell_reset(&mut self) -> Result<(), QueueError> {
+        let Some(events) = &mut self.events else { return Ok(()) };
+        if !self.parking.reset_owed.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let Some(chain) = events.pop()? else { return Ok(()) };
+        let event = TRANSPORT_RESET.to_le_bytes();
+        let (target, _) = chain.writable().split_at(EVENT_LEN).ok_or_else(|| chain.malformed())?;
+        target.write(&self.memory, &event)?;
+        events.add_used(chain, EVENT_LEN)?;
+        self.parking.reset_owed.store(false, Ordering::Release);
+        if events.needs_notification()? {
             self.interrupt.used_buffers();
         }
         Ok(())
@@ -216,7 +244,7 @@ impl Engine {
     /// The queues are in a state that nobody can explain: they are not looked at again.
     fn stop(&mut self, ops: &mut EventOps) {
         self.muxer.close(&mut Registrar(ops));
-        let kicks = [Some(self.rx.kick()), Some(self.tx.kick()), self.event_kick.as_ref()];
+        let kicks = [Some(self.rx.kick()), Some(self.tx.kick()), self.events.as_ref().map(VirtQueue::kick)];
         for kick in kicks.into_iter().flatten().chain([self.shared.wake()]) {
             let _ = ops.remove(Events::empty(kick));
         }
@@ -234,6 +262,11 @@ impl MutEventSubscriber for Engine {
             self.stop(ops);
             return;
         }
+        if let Err(reason) = self.muxer.watch_all(&mut Registrar(ops)) {
+            error!(device = "vsock", %reason, "The event loop cannot watch the connections");
+            self.stop(ops);
+            return;
+        }
         self.begin_waiting_connections(ops);
         self.pump(ops);
     }
@@ -243,14 +276,25 @@ impl MutEventSubscriber for Engine {
             RX_KICK => self.rx.acknowledge_kick(),
             TX_KICK => self.tx.acknowledge_kick(),
             EVENT_KICK => {
-                // Buffers for events that never come: only the descriptor is made quiet.
-                let _ = self.event_kick.as_ref().map(EventFd::read);
+                if let Some(events) = &self.events {
+                    events.acknowledge_kick();
+                }
             }
             WAKE => self.begin_waiting_connections(ops),
             CLIENT => self.accept_clients(ops),
             token => self.muxer.ready(token, events.event_set(), &mut Registrar(ops)),
         }
         self.pump(ops);
+    }
+}
+
+impl ActiveHalf for Engine {
+    /// Receive buffers without a packet are the driver's again; connections wait for the next
+    /// active half.
+    fn park(self: Box<Self>) -> Vec<Option<Queue>> {
+        *lock(&self.parking.muxer) = Some(self.muxer);
+        let unfilled = u16::try_from(self.buffers.len()).unwrap_or(u16::MAX);
+        vec![Some(self.rx.park(unfilled)), Some(self.tx.park(0)), self.events.map(|events| events.park(0))]
     }
 }
 

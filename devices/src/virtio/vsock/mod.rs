@@ -34,20 +34,21 @@ mod uds;
 
 use std::io;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 
 pub use self::connector::{ConnectError, Connector};
 pub use self::stream::HostEnd;
 
-use self::connector::Shared;
+use self::connector::{Shared, lock};
 use self::engine::Engine;
 use self::muxer::Muxer;
 use self::uds::UdsServer;
 use crate::Subscriber;
 use crate::virtio::queue::RING_FEATURES;
-use crate::virtio::{ActivateError, Activation, VirtioDevice, config_space};
+use crate::virtio::{ActivateError, Activation, DeviceState, RestoreError, SaveError, VirtioDevice, config_space};
 
 /// Most connections at a time, those being made included. Each takes a descriptor of the process.
 pub const MAX_CONNECTIONS: usize = 1023;
@@ -94,6 +95,7 @@ pub enum VsockError {
 pub struct Vsock {
     guest_cid: u64,
     shared: Arc<Shared>,
+    parking: Arc<Parking>,
     uds: Option<Arc<UdsServer>>,
 }
 
@@ -113,8 +115,17 @@ impl Vsock {
             None => None,
         };
         let connector = Connector::new(Arc::clone(&shared));
-        Ok((Self { guest_cid, shared, uds }, connector))
+        Ok((Self { guest_cid, shared, parking: Arc::default(), uds }, connector))
     }
+}
+
+/// What an active half leaves for the next one when it is parked.
+#[derive(Default)]
+struct Parking {
+    /// The connections.
+    muxer: Mutex<Option<Muxer>>,
+    /// The driver is still to be told that all its connections are gone.
+    reset_owed: AtomicBool,
 }
 
 impl VirtioDevice for Vsock {
@@ -137,9 +148,28 @@ impl VirtioDevice for Vsock {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<Subscriber, ActivateError> {
-        let muxer = Muxer::new(self.guest_cid, Arc::clone(&self.shared), self.uds.clone());
-        let shared = Arc::clone(&self.shared);
-        Ok(Box::new(Engine::new(activation, muxer, shared, self.uds.clone())?))
+        let parked = lock(&self.parking.muxer).take();
+        let muxer = parked.unwrap_or_else(|| Muxer::new(self.guest_cid, Arc::clone(&self.shared), self.uds.clone()));
+        let (shared, parking) = (Arc::clone(&self.shared), Arc::clone(&self.parking));
+        Ok(Box::new(Engine::new(activation, muxer, shared, parking, self.uds.clone())?))
+    }
+
+    fn reset(&mut self) {
+        drop(lock(&self.parking.muxer).take());
+        self.parking.reset_owed.store(false, Ordering::Release);
+    }
+
+    /// Connections do not survive: their host ends are this process's.
+    fn save(&self) -> Result<DeviceState, SaveError> {
+        Ok(DeviceState::nothing())
+    }
+
+    /// The guest is told that its connections are gone (section 5.10.6.7), and asks for its context
+    /// id again, which may be another one.
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        state.expect_nothing(VIRTIO_ID_VSOCK)?;
+        self.parking.reset_owed.store(true, Ordering::Release);
+        Ok(())
     }
 }
 

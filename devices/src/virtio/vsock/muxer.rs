@@ -33,6 +33,10 @@ const SMALL_WINDOW: u32 = 16 << 10;
 /// How many connections get the large window.
 const FEW_CONNECTIONS: usize = 64;
 
+/// What is to be known of a client of the Unix socket.
+const CLIENT_EVENTS: EventSet =
+    EventSet::IN.union(EventSet::OUT).union(EventSet::READ_HANG_UP).union(EventSet::EDGE_TRIGGERED);
+
 /// How descriptors are watched.
 pub trait Watch {
     /// Reports `events` of `fd` with `token` from now on.
@@ -141,10 +145,21 @@ impl Muxer {
     pub fn client_arrived(&mut self, client: UnixStream, watch: &mut dyn Watch) {
         // Without room it is closed, which is all that can be said to it.
         let Some(token) = self.free_token() else { return };
-        let events = EventSet::IN | EventSet::OUT | EventSet::READ_HANG_UP;
-        if watch.watch(client.as_fd(), token, events | EventSet::EDGE_TRIGGERED).is_ok() {
+        if watch.watch(client.as_fd(), token, CLIENT_EVENTS).is_ok() {
             self.slots.insert(token, Slot::Client(client));
         }
+    }
+
+    /// Watches all descriptors, on an event loop that does not know them. Each is reported once
+    /// at least, as they are edge-triggered.
+    pub fn watch_all(&self, watch: &mut dyn Watch) -> io::Result<()> {
+        for (token, slot) in &self.slots {
+            match slot {
+                Slot::Client(client) => watch.watch(client.as_fd(), *token, CLIENT_EVENTS)?,
+                Slot::Link(link) => watch.watch(link.stream().fd(), *token, link.stream().interest())?,
+            }
+        }
+        Ok(())
     }
 
     /// A watched descriptor has news.

@@ -111,7 +111,18 @@ impl Share {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn writes_back(&self) -> bool {
+    /// Whether the guest has forgotten, or never knew, all but the root.
+    pub fn only_root_known(&self) -> bool {
+        self.table().len() <= 1
+    }
+
+    /// Whether the guest collects writes, as it said when it mounted the share.
+    pub fn set_writes_back(&self, writes_back: bool) {
+        self.writes_back.store(writes_back && self.switches.writeback, Ordering::Relaxed);
+    }
+
+    /// Whether the guest collects writes.
+    pub fn writes_back(&self) -> bool {
         self.writes_back.load(Ordering::Relaxed)
     }
 

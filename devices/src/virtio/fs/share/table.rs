@@ -125,8 +125,7 @@ impl Table {
 
     /// Fails when there is no room for another descriptor.
     pub fn check_room(&self) -> io::Result<()> {
-        let open = self.nodes.len().saturating_add(self.handles.len()).saturating_add(self.locks.len());
-        if open < self.limit { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::ENFILE)) }
+        if self.len() < self.limit { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::ENFILE)) }
     }
 
     /// A node by its number.
@@ -217,9 +216,9 @@ impl Table {
         number
     }
 
-    #[cfg(test)]
+    /// Nodes, handles and locks, the root included.
     pub fn len(&self) -> usize {
-        self.nodes.len() + self.handles.len()
+        self.nodes.len().saturating_add(self.handles.len()).saturating_add(self.locks.len())
     }
 }
 

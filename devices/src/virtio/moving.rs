@@ -1,0 +1,262 @@
+//! Devices that are parked, saved, and brought back in another machine under a driver that does not
+//! notice.
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+
+use virtio_bindings::virtio_mmio::*;
+
+use crate::BusDevice;
+use crate::testkit::{Buffer, Guest, Running, eventually};
+use crate::virtio::balloon::{Balloon, BalloonConfig};
+use crate::virtio::blk::{Blk, BlkConfig};
+use crate::virtio::rng::Rng;
+use crate::virtio::state::{RestoreError, SaveError};
+use crate::virtio::vsock::{Vsock, VsockConfig};
+use crate::virtio::{DeviceState, VirtioDevice};
+
+const DATA: u64 = 0x10_0000;
+const EVENTS: usize = 2;
+
+fn rng() -> Box<dyn VirtioDevice> {
+    Box::new(Rng::new().unwrap())
+}
+
+fn blk(sectors: u64) -> Box<dyn VirtioDevice> {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(sectors * 512).unwrap();
+    let config = BlkConfig { id: "disk".into(), file, read_only: false, serial: String::new() };
+    Box::new(Blk::new(config).unwrap())
+}
+
+fn vsock(guest_cid: u64) -> Box<dyn VirtioDevice> {
+    Box::new(Vsock::new(VsockConfig { guest_cid, uds_path: None }).unwrap().0)
+}
+
+fn ask(running: &mut Running) -> Vec<(u16, u32)> {
+    running.rings[0].offer(&[Buffer::writable(DATA, 32)]);
+    running.guest.kick(0);
+    running.wait_used(0, 1)
+}
+
+#[test]
+fn a_device_goes_on_where_its_driver_is() {
+    let mut running = Guest::new(rng()).start(0);
+    for round in 0..5 {
+        for _ in 0..70 {
+            assert_eq!(ask(&mut running).len(), 1, "{round}");
+        }
+        running = running.move_to(rng());
+    }
+    assert_eq!(running.rings[0].used_idx(), 350);
+}
+
+#[test]
+fn what_was_offered_while_the_device_was_parked_is_served_after() {
+    let mut running = Guest::new(rng()).start(0);
+    ask(&mut running);
+    running.guest.transport.park();
+    for _ in 0..3 {
+        running.rings[0].offer(&[Buffer::writable(DATA, 32)]);
+    }
+    running.guest.event_loop.settle();
+    assert_eq!(running.rings[0].used_idx(), 1);
+    running.guest.transport.unpark();
+    assert_eq!(running.wait_used(0, 3).len(), 3);
+    // Parking twice, and letting go twice, is parking once.
+    for _ in 0..2 {
+        running.guest.transport.park();
+        running.guest.transport.park();
+        running.guest.transport.unpark();
+        running.guest.transport.unpark();
+        assert_eq!(ask(&mut running).len(), 1);
+    }
+}
+
+#[test]
+fn an_interrupt_that_is_pending_comes_again_in_the_other_machine() {
+    let mut running = Guest::new(rng()).start(0);
+    ask(&mut running);
+    let mut running = running.move_to(rng());
+    running.guest.wait_interrupt(VIRTIO_MMIO_INT_VRING);
+    running = running.move_to(rng());
+    assert_eq!(running.guest.take_interrupt(), 0);
+}
+
+#[test]
+fn a_device_is_saved_in_all_its_states_and_not_while_it_works() {
+    let guest = Guest::new(rng());
+    let fresh = guest.transport.save().unwrap();
+    assert_eq!((fresh.status, fresh.needs_reset), (0, false));
+    assert!(guest.negotiate(0));
+    let negotiated = guest.transport.save().unwrap();
+    assert_eq!(negotiated.status, 0xb);
+    let other = Guest::new(rng());
+    other.transport.restore(&negotiated).unwrap();
+    other.transport.unpark();
+    assert_eq!(other.transport.save().unwrap(), negotiated);
+    let running = guest.start(0);
+    assert!(matches!(running.guest.transport.save(), Err(SaveError::Active { device_type: 4 })));
+}
+
+#[test]
+fn a_device_that_gave_up_stays_so_until_its_driver_resets_it() {
+    let running = Guest::new(rng()).start(0);
+    running.rings[0].set_avail_idx(60000);
+    running.guest.kick(0);
+    running.guest.wait_needs_reset();
+    let running = running.move_to(rng());
+    assert_eq!(running.guest.status(), 0x4f);
+    running.guest.transport.reset();
+    let mut running = running.guest.start(0);
+    assert_eq!(ask(&mut running).len(), 1);
+}
+
+#[test]
+fn a_state_that_does_not_fit_is_refused_by_name() {
+    let running = Guest::new(rng()).start(0);
+    running.guest.transport.park();
+    let good = running.guest.transport.save().unwrap();
+    let restore = |change: &dyn Fn(&mut crate::virtio::TransportState)| {
+        let mut state = good.clone();
+        change(&mut state);
+        let other = Guest::with_memory(rng(), running.guest.memory.clone());
+        other.transport.restore(&state).map_err(|error| error.to_string())
+    };
+    restore(&|_| {}).unwrap();
+    let refused = |change: &dyn Fn(&mut crate::virtio::TransportState), words: &str| {
+        let said = restore(change).unwrap_err();
+        assert!(said.contains(words), "{said}");
+    };
+    refused(&|state| state.device_type = 2, "type 2");
+    refused(&|state| state.status = 0xd, "0xd");
+    refused(&|state| state.driver_features |= 1 << 50, "0x4000000000000");
+    refused(&|state| state.queues.clear(), "1 queues");
+    refused(&|state| state.queues[0].size = 65, "Queue 0");
+    refused(&|state| state.queues[0].used = u64::MAX - 3, "Queue 0");
+    refused(&|state| state.device = DeviceState::encode(4, &7_u64).unwrap(), "malformed");
+    // And what is no error of the form is the driver's: the device gives up, nothing more.
+    for (next_avail, next_used) in [(60_000, 0), (0, 60_000), (u16::MAX, u16::MAX)] {
+        let mut state = good.clone();
+        (state.queues[0].next_avail, state.queues[0].next_used) = (next_avail, next_used);
+        let other = Guest::with_memory(rng(), running.guest.memory.clone());
+        other.transport.restore(&state).unwrap();
+        other.transport.unpark();
+        other.event_loop.settle();
+    }
+}
+
+#[test]
+fn a_device_in_use_takes_no_state() {
+    let running = Guest::new(rng()).start(0);
+    running.guest.transport.park();
+    let state = running.guest.transport.save().unwrap();
+    let refused = running.guest.transport.restore(&state);
+    assert!(matches!(refused, Err(RestoreError::InUse { device_type: 4 })), "{refused:?}");
+}
+
+#[test]
+fn a_disk_answers_in_the_other_machine() {
+    let mut running = Guest::new(blk(8)).start(0);
+    for _ in 0..3 {
+        // A read of sector 0: type, reserved, sector.
+        running.guest.poke(DATA, &[0; 16]);
+        let buffers =
+            [Buffer::readable(DATA, 16), Buffer::writable(DATA + 0x1000, 512), Buffer::writable(DATA + 0x2000, 1)];
+        running.rings[0].offer(&buffers);
+        running.guest.kick(0);
+        assert_eq!(running.wait_used(0, 1)[0].1, 513);
+        running = running.move_to(blk(8));
+    }
+}
+
+#[test]
+fn a_balloon_keeps_its_size_and_the_report_that_it_holds() {
+    let config = BalloonConfig::default();
+    let balloon = || Balloon::new(&config, 8 << 20).unwrap();
+    let mut running = Guest::new(Box::new(balloon().0)).start(1 << 1);
+    running.guest.transport.write((VIRTIO_MMIO_CONFIG + 4).into(), &3_u32.to_le_bytes());
+    // A report: free memory, 5 bytes.
+    running.guest.poke(DATA, &[4, 0, 5, 0, 0, 0, 0, 0, 0, 0]);
+    running.rings[2].offer(&[Buffer::readable(DATA, 10)]);
+    running.guest.kick(2);
+    running.guest.event_loop.settle();
+    running.guest.event_loop.settle();
+    let (other, handle) = balloon();
+    let running = running.move_to(Box::new(other));
+    assert_eq!(running.guest.read_config::<4>(4), [3, 0, 0, 0]);
+    assert_eq!(handle.actual(), 3 << 12);
+    eventually("The report", || handle.stats().is_some());
+    running.guest.transport.park();
+    let state = running.guest.transport.save().unwrap();
+    assert_eq!((state.queues[2].next_avail, state.queues[2].next_used), (0, 0));
+}
+
+#[test]
+fn a_restored_vsock_tells_its_driver_once_that_connections_are_gone() {
+    let running = Guest::new(vsock(3)).start(0);
+    let mut running = running.move_to(vsock(4));
+    running.guest.poke(DATA, &[0xff; 8]);
+    running.rings[EVENTS].offer(&[Buffer::writable(DATA, 8)]);
+    running.guest.kick(2);
+    assert_eq!(running.wait_used(EVENTS, 1)[0].1, 4);
+    assert_eq!(running.guest.peek(DATA, 8), [0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff]);
+    assert_eq!(running.guest.read_config::<8>(0), 4_u64.to_le_bytes());
+    running.rings[EVENTS].offer(&[Buffer::writable(DATA, 8)]);
+    running.guest.kick(2);
+    running.guest.event_loop.settle();
+    running.guest.event_loop.settle();
+    assert!(running.rings[EVENTS].take_used().is_empty());
+}
+
+#[test]
+fn a_reset_that_is_owed_survives_a_second_save() {
+    let running = Guest::new(vsock(3)).start(0);
+    let mut running = running.move_to(vsock(3)).move_to(vsock(3));
+    running.rings[EVENTS].offer(&[Buffer::writable(DATA, 8)]);
+    running.guest.kick(2);
+    assert_eq!(running.wait_used(EVENTS, 1)[0].1, 4);
+}
+
+#[test]
+fn a_socket_stays_connected_in_the_machine_that_was_only_parked() {
+    // The driver's own tests establish connections; here, one that the host has asked for waits.
+    let (vsock, connector) = Vsock::new(VsockConfig { guest_cid: 3, uds_path: None }).unwrap();
+    let mut running = Guest::new(Box::new(vsock)).start(0);
+    let (mut ours, theirs) = UnixStream::pair().unwrap();
+    let (told, outcome) = std::sync::mpsc::channel();
+    let done = Box::new(move |result: Result<u32, _>| told.send(result.is_ok()).unwrap());
+    connector.connect(1024, crate::virtio::vsock::HostEnd::Duplex(theirs.into()), done);
+    let packet = |running: &mut Running| {
+        running.rings[0].offer(&[Buffer::writable(DATA, 44), Buffer::writable(DATA + 0x1000, 64)]);
+        running.guest.kick(0);
+        let len = running.wait_used(0, 1)[0].1;
+        (running.guest.peek(DATA, 44), len)
+    };
+    let park = |running: &Running| {
+        running.guest.transport.park();
+        running.guest.transport.save().unwrap();
+        running.guest.transport.unpark();
+    };
+    let (request, _) = packet(&mut running);
+    park(&running);
+    // The answer: the same header with ends swapped, operation RESPONSE and some credit.
+    let mut answer = request.clone();
+    for (to, from, len) in [(0, 8, 8), (8, 0, 8), (16, 20, 4), (20, 16, 4)] {
+        answer[to..to + len].copy_from_slice(&request[from..from + len]);
+    }
+    answer[30..32].copy_from_slice(&2_u16.to_le_bytes());
+    answer[36..40].copy_from_slice(&4096_u32.to_le_bytes());
+    running.guest.poke(DATA + 0x2000, &answer);
+    running.rings[1].offer(&[Buffer::readable(DATA + 0x2000, 44)]);
+    running.guest.kick(1);
+    assert!(outcome.recv().unwrap());
+    park(&running);
+    ours.write_all(b"through").unwrap();
+    let (header, len) = packet(&mut running);
+    assert_eq!((u16::from_le_bytes([header[30], header[31]]), len), (5, 44 + 7));
+    assert_eq!(running.guest.peek(DATA + 0x1000, 7), b"through");
+    park(&running);
+    running.guest.transport.reset();
+    assert_eq!(ours.read(&mut [0]).unwrap(), 0, "The host end is closed with the connection");
+}
