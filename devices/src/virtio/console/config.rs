@@ -6,7 +6,7 @@ use std::sync::Arc;
 use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
 
 use super::engine::Engine;
-use super::host::{Host, HostEnd};
+use super::host::{Host, PortEnd};
 use crate::Subscriber;
 use crate::virtio::queue::RING_FEATURES;
 use crate::virtio::{ActivateError, Activation, VirtioDevice, config_space};
@@ -42,7 +42,7 @@ pub struct PortConfig {
     /// The name that the guest's `/dev/virtio-ports` has for it.
     pub name: Option<String>,
     /// The host's end.
-    pub host: HostEnd,
+    pub host: PortEnd,
 }
 
 /// Why a console device could not be made.

@@ -7,7 +7,7 @@ use tracing::{debug, error, warn};
 
 use super::config::{F_MULTIPORT, PortInfo};
 use super::control::{MESSAGE_SIZE, Said, Saying};
-use super::port::{Port, SOURCES};
+use super::port::{Port, SOURCES, TOKENS_PER_PORT};
 use crate::virtio::queue::{QueueError, VirtQueue};
 use crate::virtio::{ActivateError, Activation, Interrupt};
 
@@ -15,11 +15,10 @@ use crate::virtio::{ActivateError, Activation, Interrupt};
 const CONTROL_RX: usize = 2;
 const CONTROL_TX: usize = 3;
 
-/// Tokens of the control queues; those of ports follow, so many for each.
+/// Tokens of the control queues; those of ports follow.
 const CONTROL_RX_KICK: u32 = 0;
 const CONTROL_TX_KICK: u32 = 1;
 const FIRST_PORT: u32 = 2;
-const TOKENS_PER_PORT: u32 = SOURCES.len() as u32;
 
 /// Buffers for messages that one wake-up uses: more than there are messages at a time.
 const BUFFERS_PER_WAKE_UP: u32 = 128;

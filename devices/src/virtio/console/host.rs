@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 /// What a port is connected to. The descriptors become non-blocking, and with them whatever else
 /// shares their open file description, such as the terminal that a program was started from.
 #[derive(Debug)]
-pub enum HostEnd {
+pub enum PortEnd {
     /// Files, pipes, a terminal. `None` is an end that says nothing or takes everything.
     Streams {
         /// Read for the guest.
@@ -32,7 +32,7 @@ pub enum HostEnd {
 }
 
 /// Makes a pseudo-terminal in raw mode: the end for a port, and the path for a user's program.
-pub fn pty() -> io::Result<(HostEnd, PathBuf)> {
+pub fn pty() -> io::Result<(PortEnd, PathBuf)> {
     let check = |result: libc::c_int| if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) };
     // SAFETY: no pointers.
     let master = check(unsafe { libc::posix_openpt(libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC) })?;
@@ -59,7 +59,7 @@ pub fn pty() -> io::Result<(HostEnd, PathBuf)> {
         libc::cfmakeraw(&mut mode);
         check(libc::tcsetattr(terminal.as_raw_fd(), libc::TCSANOW, &mode))?;
     }
-    Ok((HostEnd::Terminal { master, terminal }, path))
+    Ok((PortEnd::Terminal { master, terminal }, path))
 }
 
 /// The host's end as both halves of the device use it. It outlives resets.
@@ -78,11 +78,11 @@ struct Ends {
 }
 
 impl Host {
-    pub(super) fn new(end: HostEnd) -> io::Result<Self> {
+    pub(super) fn new(end: PortEnd) -> io::Result<Self> {
         let (listener, input, output, terminal) = match end {
-            HostEnd::Streams { input, output } => (None, input, output, None),
-            HostEnd::Listener(listener) => (Some(listener), None, None, None),
-            HostEnd::Terminal { master, terminal } => {
+            PortEnd::Streams { input, output } => (None, input, output, None),
+            PortEnd::Listener(listener) => (Some(listener), None, None, None),
+            PortEnd::Terminal { master, terminal } => {
                 // Each direction is watched by a descriptor of its own.
                 let output = master.try_clone()?;
                 (None, Some(master), Some(output), Some(terminal))

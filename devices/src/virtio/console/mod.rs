@@ -14,4 +14,4 @@ mod port;
 mod tests;
 
 pub use config::{Console, ConsoleConfig, ConsoleError, MAX_PORTS, PortConfig};
-pub use host::{HostEnd, pty};
+pub use host::{PortEnd, pty};

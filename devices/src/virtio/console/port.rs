@@ -35,8 +35,11 @@ pub enum Source {
     Client,
 }
 
+/// Tokens that a port has: one for each source.
+pub const TOKENS_PER_PORT: u32 = 5;
+
 /// The sources in the order of their numbers.
-pub const SOURCES: [Source; 5] =
+pub const SOURCES: [Source; TOKENS_PER_PORT as usize] =
     [Source::ReceiveKick, Source::TransmitKick, Source::Input, Source::Output, Source::Client];
 
 /// Output that the host has taken in part.

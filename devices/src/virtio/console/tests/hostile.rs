@@ -165,7 +165,7 @@ fn chains_without_bytes_of_the_right_kind_come_back_empty() {
 #[test]
 fn a_buffer_as_large_as_memory_is_moved_in_pieces() {
     let file = tempfile::tempfile().unwrap();
-    let end = HostEnd::Streams { input: None, output: Some(file.try_clone().unwrap()) };
+    let end = PortEnd::Streams { input: None, output: Some(file.try_clone().unwrap()) };
     let mut running = guest(vec![port(0, true, end)]).start(0);
     running.rings[1].offer(&[Buffer::readable(0, 4 << 20), Buffer::readable(0, 4 << 20)]);
     running.guest.kick(1);

@@ -22,7 +22,7 @@ const CONTROL_SIZE: u32 = 64;
 const CONTROL_RX: usize = 2;
 const CONTROL_TX: usize = 3;
 
-fn port(number: u32, console: bool, host: HostEnd) -> PortConfig {
+fn port(number: u32, console: bool, host: PortEnd) -> PortConfig {
     let name = (!console).then(|| format!("port{number}"));
     PortConfig { number, console, name, host }
 }
@@ -32,12 +32,12 @@ fn guest(ports: Vec<PortConfig>) -> Guest {
 }
 
 /// The host's end as streams, and what the test has of it.
-fn streams() -> (HostEnd, UnixStream) {
+fn streams() -> (PortEnd, UnixStream) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     ours.set_nonblocking(true).unwrap();
     let input = File::from(OwnedFd::from(theirs));
     let output = input.try_clone().unwrap();
-    (HostEnd::Streams { input: Some(input), output: Some(output) }, ours)
+    (PortEnd::Streams { input: Some(input), output: Some(output) }, ours)
 }
 
 /// Brings the device up as Linux does: buffers for messages, then "ready".
@@ -161,7 +161,7 @@ fn a_socket_serves_one_client_after_the_other() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("console");
     let listener = UnixListener::bind(&path).unwrap();
-    let mut running = start_multiport(vec![port(0, true, HostEnd::Listener(listener.into()))]);
+    let mut running = start_multiport(vec![port(0, true, PortEnd::Listener(listener.into()))]);
     hear(&mut running, 1);
     say(&mut running, 0, 3, 1);
     say(&mut running, 0, 6, 1);
@@ -208,7 +208,7 @@ fn a_terminal_is_raw_and_has_a_path() {
 #[test]
 fn output_goes_to_a_file_and_input_may_be_nothing() {
     let mut file = tempfile::NamedTempFile::new().unwrap();
-    let end = HostEnd::Streams { input: Some(File::open("/dev/null").unwrap()), output: Some(file.reopen().unwrap()) };
+    let end = PortEnd::Streams { input: Some(File::open("/dev/null").unwrap()), output: Some(file.reopen().unwrap()) };
     let mut running = guest(vec![port(0, true, end)]).start(0);
     running.rings[0].offer(&[Buffer::writable(INPUT, 100)]);
     running.guest.kick(0);
