@@ -1,7 +1,8 @@
 //! Boots a kernel with its console on standard output, and says how the machine ended.
 //!
 //! ```text
-//! boot [--vcpus N] [--mib N] [--fs TAG=DIR]... [--blk FILE]... [--vsock CID] [--rng] [--map-images] KERNEL [INITRD] [-- COMMAND-LINE...]
+//! boot [--vcpus N] [--mib N] [--fs TAG=DIR]... [--blk FILE]... [--vhost-user-blk SOCKET]... [--vhost-user-fs TAG=SOCKET]...
+//!      [--vsock CID] [--rng] [--map-images] KERNEL [INITRD] [-- COMMAND-LINE...]
 //! ```
 //! What follows `--` is appended to the machine's own base command line.
 
@@ -10,9 +11,10 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use devices::virtio::fs::CachePolicy;
+use devices::virtio::vhost_user::{Patience, VhostUserKind};
 use vmm::{
-    BASE_CMDLINE, BlkConfig, BootConfig, ExitReason, FsConfig, Machine, MachineConfig, MemoryConfig, Placement,
-    RngConfig, SerialConfig, VsockConfig,
+    BASE_CMDLINE, BlkConfig, BootConfig, ExitReason, FsConfig, Machine, MachineConfig, MemoryBacking, MemoryConfig,
+    Placement, RngConfig, SerialConfig, VhostUserConfig, VsockConfig,
 };
 
 type Error = Box<dyn std::error::Error>;
@@ -53,6 +55,14 @@ fn boot(config: MachineConfig) -> Result<ExitReason, Error> {
     Ok(reason)
 }
 
+/// Adds a device that another process serves, which has to see the guest's memory.
+fn vhost_user(config: &mut MachineConfig, kind: VhostUserKind, socket: PathBuf) {
+    config.memory.backing = MemoryBacking::Shared;
+    let id = format!("vhost-user-{}", config.vhost_user.len());
+    let patience = Patience::default();
+    config.vhost_user.push(VhostUserConfig { id, socket, kind, num_queues: 1, queue_size: 256, patience });
+}
+
 fn parse(mut arguments: impl Iterator<Item = String>) -> Result<MachineConfig, Error> {
     let boot = BootConfig { kernel: PathBuf::new(), initrd: None, cmdline: BASE_CMDLINE.into() };
     let mut config = MachineConfig::new("boot", MemoryConfig::from_mib(256), boot);
@@ -81,6 +91,11 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<MachineConfig, E
                     xattr: true,
                     posix_locks: false,
                 });
+            }
+            "--vhost-user-blk" => vhost_user(&mut config, VhostUserKind::Blk, value()?.into()),
+            "--vhost-user-fs" => {
+                let (tag, socket) = value()?.split_once('=').map(|(t, s)| (t.into(), s.into())).ok_or("TAG=SOCKET")?;
+                vhost_user(&mut config, VhostUserKind::Fs { tag }, socket);
             }
             "--vsock" => config.vsock = Some(VsockConfig { guest_cid: value()?.parse()?, uds_path: None }),
             "--map-images" => config.images = Placement::Mapped,

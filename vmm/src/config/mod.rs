@@ -8,9 +8,7 @@ mod memory;
 mod rng;
 mod serial;
 
-pub use devices::virtio::balloon::BalloonConfig;
 pub use devices::virtio::blk::BlkConfig;
-pub use devices::virtio::console::{ConsoleConfig, PortConfig, PortEnd};
 pub use devices::virtio::fs::FsConfig;
 pub use devices::virtio::net::NetConfig;
 pub use devices::virtio::vhost_user::VhostUserConfig;
@@ -50,10 +48,6 @@ pub struct MachineConfig {
     pub vsock: Option<VsockConfig>,
     /// A source of entropy.
     pub rng: Option<RngConfig>,
-    /// A balloon, by which the guest gives memory back.
-    pub balloon: Option<BalloonConfig>,
-    /// Ports between the guest and descriptors of this process, `hvc0` among them.
-    pub console: Option<ConsoleConfig>,
 }
 
 impl MachineConfig {
@@ -72,8 +66,6 @@ impl MachineConfig {
             vhost_user: Vec::new(),
             vsock: None,
             rng: None,
-            balloon: None,
-            console: None,
         }
     }
 }

@@ -9,6 +9,7 @@ use super::engine::Engine;
 use super::rings::memory_table;
 use super::session::{Offer, Session, SessionError, connect};
 use super::{MAX_QUEUES, Patience, QUEUE_SIZES, VhostUserConfig, VhostUserKind};
+use crate::virtio::state::{DeviceState, SaveError};
 use crate::virtio::{ActivateError, Activation, VirtioDevice, config_space};
 use crate::{GuestMemory, Subscriber};
 
@@ -167,5 +168,11 @@ impl VirtioDevice for VhostUser {
 
     fn activate(&mut self, activation: Activation) -> Result<Subscriber, ActivateError> {
         Ok(Box::new(Engine::new(activation, Arc::clone(&self.shared))?))
+    }
+
+    /// What the backend knows is not told to a frontend.
+    fn save(&self) -> Result<DeviceState, SaveError> {
+        let device = format!("vhost-user device {}", self.shared.id);
+        Err(SaveError::Busy { device, reason: "another process serves it" })
     }
 }

@@ -15,6 +15,10 @@ const BLK_CONFIG_SIZE: usize = 60;
 /// Where a disk's configuration space has its number of queues.
 const BLK_NUM_QUEUES: std::ops::Range<usize> = 34..36;
 
+/// Where it has limits that mean nothing when they are zero, and the features that say there are any. qemu-storage-daemon
+/// offers the first without a limit, and Linux takes the smallest for it.
+const BLK_LIMITS: [(u32, std::ops::Range<usize>); 2] = [(VIRTIO_BLK_F_SIZE_MAX, 8..12), (VIRTIO_BLK_F_SEG_MAX, 12..16)];
+
 /// Features of the rings, which the backend alone works on.
 const RINGS: u64 = bits(&[VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, VIRTIO_F_VERSION_1]);
 
@@ -104,10 +108,14 @@ impl VhostUserKind {
         }
     }
 
-    /// What the driver is offered of what the backend offers.
-    pub(super) fn features(&self, offered: u64) -> u64 {
+    /// What the driver is offered of what the backend offers with the configuration space `told`.
+    pub(super) fn features(&self, offered: u64, told: &[u8]) -> u64 {
         match self {
-            Self::Blk => offered & BLK,
+            Self::Blk => {
+                let unlimited = |place| told.get(place).is_none_or(|limit: &[u8]| limit.iter().all(|byte| *byte == 0));
+                let without = BLK_LIMITS.into_iter().filter(|(_, place)| unlimited(place.clone()));
+                without.fold(offered & BLK, |features, (bit, _)| features & !bits(&[bit]))
+            }
             Self::Fs { .. } => offered & RINGS,
             Self::Net { mac } => {
                 let own = if mac.is_some() { bits(&[VIRTIO_NET_F_MAC]) } else { 0 };

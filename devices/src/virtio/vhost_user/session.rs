@@ -163,7 +163,7 @@ impl Session {
         if let Some(size) = config_size {
             told = get_config(&mut frontend, size)?;
         }
-        let offer = Offer { features: kind.features(features), config: kind.config(told, requests) };
+        let offer = Offer { features: kind.features(features, &told), config: kind.config(told, requests) };
         Ok((Self { frontend, socket, protocol, backend_features: features }, offer))
     }
 

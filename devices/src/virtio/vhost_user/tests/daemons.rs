@@ -214,6 +214,22 @@ fn requests_that_a_dead_disk_left_are_done_by_the_next() {
 }
 
 #[test]
+fn a_parked_disk_goes_on_with_what_came_meanwhile() {
+    let Some(daemon) = Daemon::new(storage_daemon) else { return };
+    let mut running = start_disk(&daemon);
+    for round in 1..=5 {
+        write(&mut running, 0, 0..4, round);
+        running.guest.transport.park();
+        running.guest.poke(place(4) + DATA, &pattern(4, round));
+        offer(&mut running, 0, OUT, 4);
+        running.guest.kick(0);
+        running.guest.transport.unpark();
+        assert_eq!(running.wait_used(0, 1).len(), 1);
+        assert_blocks(&mut running, 1, 0..5, round);
+    }
+}
+
+#[test]
 fn many_requests_at_once_are_all_done() {
     let Some(daemon) = Daemon::new(storage_daemon) else { return };
     let mut running = start_disk(&daemon);

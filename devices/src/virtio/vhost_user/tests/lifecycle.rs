@@ -31,6 +31,8 @@ fn a_disk_is_what_its_backend_says() {
     for unknown in [0, 11, 24, 27, 30, 33, 34, 35, 40, 63] {
         assert_eq!(offered & 1 << unknown, 0, "{unknown}");
     }
+    // Limits of zero are none: segments of any size, but as many as it says.
+    assert_eq!(offered & 6, 4);
     let mut config = [0; 64];
     device.read_config(0, &mut config);
     assert_eq!((config[0], &config[34..36]), (100, &[3, 0][..]));
@@ -184,6 +186,42 @@ fn a_reset_stops_the_rings_and_keeps_the_connection() {
     // The line is no longer lent: without a cause there is none.
     running.guest.set_status(0);
     assert_eq!(running.guest.read(virtio_bindings::virtio_mmio::VIRTIO_MMIO_INTERRUPT_STATUS), 0);
+}
+
+#[test]
+fn a_parked_device_goes_on_where_the_backend_stopped() {
+    let backend = Backend::new(Script::reacting(|message| match message.request {
+        GET_VRING_BASE => Reaction::Answer([0_u32.to_le_bytes(), 3_u32.to_le_bytes()].concat()),
+        _ => Reaction::Friendly,
+    }));
+    let mut running = start(&backend);
+    backend.wait_enabled(0);
+    for _ in 0..3 {
+        let head = offer(&mut running);
+        complete(&running.rings[0], &running.guest.memory, head);
+    }
+    running.guest.transport.park();
+    assert_eq!(backend.count(0, GET_VRING_BASE), 1);
+    let refusal = running.guest.transport.save().unwrap_err();
+    assert_eq!(refusal.to_string(), "The vhost-user device disk cannot be saved while another process serves it");
+    running.guest.transport.unpark();
+    eventually("Rings are enabled again", || backend.count(0, SET_VRING_ENABLE) == 2);
+    assert_eq!(backend.states(0, SET_VRING_BASE), [(0, 0), (0, 3)]);
+}
+
+#[test]
+fn a_backend_that_dies_while_its_device_is_parked_is_replaced() {
+    let backend = Backend::new(Script::default());
+    let mut running = start(&backend);
+    backend.wait_enabled(0);
+    let head = offer(&mut running);
+    complete(&running.rings[0], &running.guest.memory, head);
+    running.guest.transport.park();
+    backend.hang_up();
+    running.guest.transport.unpark();
+    backend.wait_enabled(1);
+    assert_eq!(backend.states(1, SET_VRING_BASE), [(0, 1)]);
+    assert_eq!(running.guest.status() & NEEDS_RESET, 0);
 }
 
 #[test]

@@ -59,6 +59,7 @@ impl Default for Script {
     fn default() -> Self {
         let mut config = vec![0; 60];
         config[0] = 100;
+        config[12] = 126;
         Self {
             features: 1 << VIRTIO_F_VERSION_1 | PROTOCOL | FLUSH,
             protocol: REPLY_ACK | CONFIG | MQ,
