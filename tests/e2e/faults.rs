@@ -3,8 +3,10 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use guest_image::archive;
+use guest_image::manifest::Compression;
+use guest_image::tree::{Node, Tree};
 use inlay_tests::harness::{HOME, Output, Parts, Scene, configure};
-use inlay_tests::nested::Archive;
 use nix::mount::{MsFlags, mount, umount};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
@@ -71,7 +73,7 @@ fn names_a_corrupt_kernel(scene: &Scene) {
 
 fn shows_the_console_of_a_kernel_that_panics(scene: &Scene) {
     // An archive without /init, and no root file system to go on with.
-    with_initrd(scene, file("empty.initrd", &Archive::default().finish()), "");
+    with_initrd(scene, file("empty.initrd", &archive::build(&Tree::default(), Compression::None).unwrap()), "");
     fails(scene, PANICKED);
 }
 
@@ -81,12 +83,14 @@ fn shows_the_console_when_a_corrupt_initrd_ends_in_a_panic(scene: &Scene) {
 }
 
 fn gives_up_on_an_agent_that_never_answers(scene: &Scene) {
-    let mut archive = Archive::default();
-    archive.directory("dev");
-    archive.directory("bin");
-    archive.file("bin/busybox", 0o755, &fs::read("/bin/busybox").unwrap());
-    archive.file("init", 0o755, b"#!/bin/busybox sh\n/bin/busybox mount -t devtmpfs dev /dev\necho asleep > /dev/ttyS0\nexec /bin/busybox sleep 1000\n");
-    with_initrd(scene, file("asleep.initrd", &archive.finish()), "reconnect_timeout_ms = 15000");
+    let script = "#!/bin/busybox sh\n/bin/busybox mount -t devtmpfs dev /dev\necho asleep > /dev/ttyS0\nexec /bin/busybox sleep 1000\n";
+    let mut tree = Tree::default();
+    tree.insert(Path::new("/dev"), Node::Directory, "test").unwrap();
+    let contents = fs::read("/bin/busybox").unwrap();
+    tree.insert(Path::new("/bin/busybox"), Node::File { mode: 0o755, contents }, "test").unwrap();
+    tree.insert(Path::new("/init"), Node::File { mode: 0o755, contents: script.into() }, "test").unwrap();
+    let initrd = archive::build(&tree, Compression::None).unwrap();
+    with_initrd(scene, file("asleep.initrd", &initrd), "reconnect_timeout_ms = 15000");
     let output = fails(scene, &["asleep"]);
     assert!(output.wall.as_secs() >= 15, "{output:?}");
 }

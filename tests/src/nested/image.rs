@@ -4,9 +4,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use guest_image::archive;
+use guest_image::manifest::Compression;
+use guest_image::tree::{Node, Tree};
 
 use super::modules::Modules;
-use super::newc::Archive;
 use crate::cache::{self, Key};
 use crate::packages;
 
@@ -65,20 +67,21 @@ impl Image {
 }
 
 fn build(busybox: &[u8], modules: &Modules) -> Result<Vec<u8>> {
-    let mut archive = Archive::default();
-    for dir in ["bin", "dev", "lower", "modules", "proc", "root", "sys", "upper"] {
-        archive.directory(dir);
+    let mut tree = Tree::default();
+    let mut put = |path: &str, node| tree.insert(Path::new(path), node, "nested");
+    for dir in ["/dev", "/lower", "/proc", "/root", "/sys", "/upper"] {
+        put(dir, Node::Directory)?;
     }
-    archive.file("bin/busybox", 0o755, busybox);
-    archive.file("init", 0o755, INIT.as_bytes());
+    put("/bin/busybox", Node::File { mode: 0o755, contents: busybox.to_vec() })?;
+    put("/init", Node::File { mode: 0o755, contents: INIT.into() })?;
     let mut order = String::new();
-    for (name, content) in modules.closure(MODULES)? {
-        archive.file(&format!("modules/{name}.ko"), 0o644, &content);
+    for (name, contents) in modules.closure(MODULES)? {
+        put(&format!("/modules/{name}.ko"), Node::File { mode: 0o644, contents })?;
         order.push_str(&name);
         order.push('\n');
     }
-    archive.file("modules/order", 0o644, order.as_bytes());
-    Ok(archive.finish())
+    put("/modules/order", Node::File { mode: 0o644, contents: order.into() })?;
+    archive::build(&tree, Compression::None)
 }
 
 fn only_child(dir: &Path) -> Result<PathBuf> {

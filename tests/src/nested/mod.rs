@@ -7,7 +7,6 @@ mod image;
 mod inside;
 pub mod machine;
 mod modules;
-mod newc;
 mod qemu;
 mod session;
 mod signals;
@@ -17,7 +16,6 @@ pub mod trial;
 
 pub use image::Image;
 pub use inside::run as run_inside;
-pub use newc::Archive;
 pub use qemu::{Shape, build as build_qemu};
 pub use session::Session;
 pub use signals::install as install_signals;
