@@ -37,9 +37,10 @@ pub mod observe;
 pub mod vcpu;
 
 pub use config::{
-    BASE_CMDLINE, BlkConfig, BootConfig, FsConfig, MachineConfig, MemoryBacking, MemoryConfig, NetConfig, Placement,
-    RngConfig, SerialConfig, VhostUserConfig, VsockConfig,
+    BASE_CMDLINE, BalloonConfig, BlkConfig, BootConfig, ConsoleConfig, FsConfig, MachineConfig, MemoryBacking,
+    MemoryConfig, NetConfig, Placement, PortConfig, PortEnd, RngConfig, SerialConfig, VhostUserConfig, VsockConfig,
 };
+pub use devices::virtio::balloon::{BalloonError, BalloonHandle, GuestStats};
 pub use devices::virtio::vsock::{ConnectError, Connector, HostEnd};
 pub use machine::{BuildError, ExitReason, Machine, StateError};
 pub use observe::TracePoints;

@@ -9,6 +9,7 @@
 pub mod balloon;
 pub mod blk;
 pub mod config_space;
+pub mod console;
 pub mod device;
 pub mod fs;
 pub mod interrupt;

@@ -8,7 +8,9 @@ mod memory;
 mod rng;
 mod serial;
 
+pub use devices::virtio::balloon::BalloonConfig;
 pub use devices::virtio::blk::BlkConfig;
+pub use devices::virtio::console::{ConsoleConfig, PortConfig, PortEnd};
 pub use devices::virtio::fs::FsConfig;
 pub use devices::virtio::net::NetConfig;
 pub use devices::virtio::vhost_user::VhostUserConfig;
@@ -48,6 +50,10 @@ pub struct MachineConfig {
     pub vsock: Option<VsockConfig>,
     /// A source of entropy.
     pub rng: Option<RngConfig>,
+    /// A balloon, by which the guest gives memory back.
+    pub balloon: Option<BalloonConfig>,
+    /// Ports between the guest and descriptors of this process, `hvc0` among them.
+    pub console: Option<ConsoleConfig>,
 }
 
 impl MachineConfig {
@@ -66,6 +72,8 @@ impl MachineConfig {
             vhost_user: Vec::new(),
             vsock: None,
             rng: None,
+            balloon: None,
+            console: None,
         }
     }
 }

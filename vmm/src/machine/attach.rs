@@ -12,7 +12,9 @@ use devices::legacy::{
     DEBUG_PORT, EventSink, I8042, I8042_PORT, I8042_PORT_COUNT, PANIC_PORT, PanicPort, SERIAL_PORT, SERIAL_PORT_COUNT,
     Serial,
 };
+use devices::virtio::balloon::{Balloon, BalloonConfig, BalloonHandle};
 use devices::virtio::blk::{Blk, BlkConfig, BlkError};
+use devices::virtio::console::{Console, ConsoleConfig, ConsoleError};
 use devices::virtio::fs::{Fs, FsConfig, FsError, ShareControl};
 use devices::virtio::mmio::QUEUE_NOTIFY;
 use devices::virtio::net::{Net, NetConfig};
@@ -68,6 +70,12 @@ pub enum AttachError {
     /// No source of entropy.
     #[error("Cannot open the host's source of entropy")]
     Rng(#[source] io::Error),
+    /// No balloon.
+    #[error("Cannot make the event descriptors of a balloon")]
+    Balloon(#[source] io::Error),
+    /// A console device that cannot be made.
+    #[error(transparent)]
+    Console(#[from] ConsoleError),
     /// The thread for devices could not be started.
     #[error("The devices' thread cannot be started")]
     EventLoop(#[from] EventError),
@@ -141,6 +149,17 @@ impl<'a> VirtioSlots<'a> {
 
     pub(super) fn rng(&mut self) -> Result<(), AttachError> {
         self.attach(Box::new(Rng::new().map_err(AttachError::Rng)?), Role::Io)
+    }
+
+    /// A balloon for a guest with `memory` bytes.
+    pub(super) fn balloon(&mut self, config: &BalloonConfig, memory: u64) -> Result<BalloonHandle, AttachError> {
+        let (balloon, handle) = Balloon::new(config, memory).map_err(AttachError::Balloon)?;
+        self.attach(Box::new(balloon), Role::Io)?;
+        Ok(handle)
+    }
+
+    pub(super) fn console(&mut self, config: ConsoleConfig) -> Result<(), AttachError> {
+        self.attach(Box::new(Console::new(config)?), Role::Io)
     }
 
     /// The event loops that were started for the devices.

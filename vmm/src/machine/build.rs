@@ -79,6 +79,8 @@ impl Machine {
             vhost_user,
             vsock,
             rng,
+            balloon,
+            console,
         } = config;
         if vcpus == 0 || vcpus > layout::MAX_VCPUS {
             return Err(BuildError::Vcpus(vcpus));
@@ -105,6 +107,8 @@ impl Machine {
         vhost_user.into_iter().try_for_each(|config| slots.vhost_user(config))?;
         let vsock = vsock.map(|config| slots.vsock(config)).transpose()?;
         rng.map(|RngConfig| slots.rng()).transpose()?;
+        let balloon = balloon.map(|config| slots.balloon(&config, memory_config.size)).transpose()?;
+        console.map(|config| slots.console(config)).transpose()?;
         let loops = slots.into_loops();
         let entry = boot::describe(&memory, &memory_config, vcpus, &loaded, &cmdline)?;
 
@@ -115,7 +119,7 @@ impl Machine {
         let buses = Buses { port: Arc::new(port), mmio: Arc::new(mmio) };
         spawn_processors(processors, &buses, &control, &trace)?;
         let hardware = Mutex::new(Some(Hardware { _vm: vm, _memory: memory }));
-        Ok(Self { name, control, trace, serial, vsock, shares, loops, hardware })
+        Ok(Self { name, control, trace, serial, vsock, balloon, shares, loops, hardware })
     }
 }
 

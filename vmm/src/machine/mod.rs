@@ -17,6 +17,7 @@ use kvm_ioctls::VmFd;
 
 use devices::GuestMemory;
 use devices::legacy::Serial;
+use devices::virtio::balloon::BalloonHandle;
 use devices::virtio::fs::ShareControl;
 use devices::virtio::vsock::Connector;
 
@@ -49,6 +50,7 @@ pub struct Machine {
     trace: Arc<TracePoints>,
     serial: Arc<Serial>,
     vsock: Option<Connector>,
+    balloon: Option<BalloonHandle>,
     shares: Vec<ShareControl>,
     loops: Vec<Arc<LoopThread>>,
     /// Gone when the machine was stopped.
@@ -87,6 +89,11 @@ impl Machine {
     /// [`ShareControl::release_mount`]. To be called before unmounting it.
     pub fn release_mount(&self, path: &Path) -> io::Result<()> {
         self.shares.iter().try_for_each(|share| share.release_mount(path))
+    }
+
+    /// The machine's balloon, where it has one: to set its size, and to read what the guest says.
+    pub fn balloon(&self) -> Option<BalloonHandle> {
+        self.balloon.clone()
     }
 
     /// Thread identifiers of the processors, in order; for placing them into a cgroup.

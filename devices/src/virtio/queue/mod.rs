@@ -139,6 +139,12 @@ impl VirtQueue {
         Ok(next)
     }
 
+    /// Leaves the chain that was popped last to the next [`pop`](Self::pop): it was not used.
+    pub fn put_back(&mut self, chain: Chain) {
+        self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(1));
+        self.spare = chain.into_storage();
+    }
+
     /// Gives a chain back to the driver with `len` bytes written to it.
     pub fn add_used(&mut self, chain: Chain, len: u32) -> Result<(), QueueError> {
         let head = chain.head();
