@@ -3,9 +3,11 @@
 mod support;
 
 use std::fs;
+use std::path::Path;
 
+use devices::virtio::fs::CachePolicy;
 use support::{Code, SERIAL_PORT, config, console, wait};
-use vmm::{ExitReason, Machine};
+use vmm::{ExitReason, FsConfig, Machine};
 
 const SHUTDOWN: u8 = 4;
 
@@ -91,6 +93,32 @@ fn a_second_processor_is_woken_by_the_first() {
     machine.start().expect("start");
     assert_eq!(wait(&machine), ExitReason::Shutdown);
     assert_eq!(console(&machine), "A");
+}
+
+#[test]
+fn shared_directories_let_go_of_mounts_but_not_of_themselves() {
+    need_kvm!();
+    let kernel = Code::new().halt().flat();
+    let dir = tempfile::tempdir().expect("directory");
+    let mut config = config(kernel.path());
+    config.fs = vec![FsConfig {
+        tag: "shared".into(),
+        shared_dir: dir.path().into(),
+        cache: CachePolicy::Auto,
+        num_request_queues: 2,
+        queue_size: 128,
+        writeback: false,
+        workers: 2,
+        xattr: true,
+        posix_locks: false,
+    }];
+    let machine = Machine::build(config).expect("build");
+    machine.start().expect("start");
+    let errno = |path: &Path| machine.release_mount(path).err().and_then(|error| error.raw_os_error());
+    assert_eq!(errno(Path::new("/proc")), None);
+    assert_eq!(errno(dir.path()), Some(libc::EINVAL));
+    assert_eq!(errno(&dir.path().join("missing")), Some(libc::ENOENT));
+    machine.stop();
 }
 
 #[test]

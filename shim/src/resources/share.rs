@@ -224,6 +224,9 @@ mod tests {
             assert_eq!(fs::write(&refused, "").unwrap_err().raw_os_error(), Some(libc::EROFS), "{}", refused.display());
         }
 
+        // Whoever lets go of them is told of all of them, before they go.
+        let points: Vec<_> = container.mount_points().map(Path::to_owned).collect();
+        assert_eq!(points, [seen.join("mounts/2-v"), seen.join("mounts/1-hosts"), seen.join("rootfs")]);
         drop(container);
         assert!(names(share.exported()).is_empty());
         drop(share);

@@ -323,6 +323,29 @@ fn requests_that_are_longer_than_any() {
 }
 
 #[test]
+fn a_message_at_the_limit_and_one_past_it() {
+    const LIMIT: u32 = (1 << 20) + 0x1000;
+    let mut world = World::new();
+    let client = &mut world.client;
+    // A request that is not known is read and answered as such, unless it or the room for its answer is too long.
+    let mut errno = |request: u32, answer: u32| {
+        let header = InHeader { len: 40, opcode: 4242, unique: 1, nodeid: 1, ..InHeader::default() };
+        client.running.guest.poke(REQUEST, header.as_slice());
+        client.running.rings[QUEUE].offer(&[
+            Buffer::readable(REQUEST, 40),
+            Buffer::readable(0, request - 40),
+            Buffer::writable(ANSWER, answer),
+        ]);
+        client.running.guest.kick(QUEUE as u32);
+        assert_eq!(client.running.wait_used(QUEUE, 1)[0].1, 16);
+        word_at(&client.running.guest.peek(ANSWER, 8), 4).cast_signed()
+    };
+    assert_eq!(errno(LIMIT, LIMIT), -libc::ENOSYS);
+    assert_eq!(errno(LIMIT + 1, LIMIT), -libc::EINVAL);
+    assert_eq!(errno(LIMIT, LIMIT + 1), -libc::EINVAL);
+}
+
+#[test]
 fn mappings_and_other_things_that_are_not_there() {
     let mut world = World::new();
     let client = &mut world.client;
