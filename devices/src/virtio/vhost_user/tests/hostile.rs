@@ -68,6 +68,31 @@ fn orders_that_are_answered_wrong_cost_the_device_alone() {
 }
 
 #[test]
+fn a_silent_backend_holds_up_nobody_else_on_the_loop() {
+    let backend = Backend::new(wrong_at(SET_MEM_TABLE, |_| Reaction::Silence));
+    let running = start(&backend);
+    eventually("The frontend waits", || backend.count(0, SET_MEM_TABLE) == 1);
+    // What would end the wait is an event of the same loop.
+    running.guest.event_loop.settle();
+    assert_eq!(running.guest.status() & NEEDS_RESET, 0);
+    backend.hang_up();
+}
+
+#[test]
+fn descriptors_that_nobody_asked_for_are_not_taken() {
+    for request in QUESTIONS {
+        let backend = Backend::new(wrong_at(request, |message| match message.request {
+            GET_CONFIG => Reaction::AnswerWithFile([&message.body[..12], &[0; 60]].concat()),
+            _ => Reaction::AnswerWithFile(u64::MAX.to_le_bytes().to_vec()),
+        }));
+        let made = make(blk(&backend.socket())).map(drop);
+        let Err(VhostUserError::Backend { source: SessionError::Call { .. }, .. }) = made else {
+            panic!("{request}: {made:?}");
+        };
+    }
+}
+
+#[test]
 fn a_refused_order_is_not_taken_for_done() {
     let script = wrong_at(SET_MEM_TABLE, |_| Reaction::Answer(1_u64.to_le_bytes().to_vec()));
     let backend = Backend::new(script);

@@ -42,6 +42,8 @@ pub enum Reaction {
     Raw(Vec<u8>),
     /// These bytes, and the end of the connection.
     RawAndHangUp(Vec<u8>),
+    /// The answer with this body, and a descriptor that nobody asked for.
+    AnswerWithFile(Vec<u8>),
     /// Nothing at all.
     Silence,
 }
@@ -178,6 +180,10 @@ impl Serving {
                 Reaction::Answer(body) => (Some(answer(&message, &body)), false),
                 Reaction::Raw(bytes) => (Some(bytes), false),
                 Reaction::RawAndHangUp(bytes) => (Some(bytes), true),
+                Reaction::AnswerWithFile(body) => {
+                    stream.send_with_fd(&answer(&message, &body)[..], stream.as_raw_fd()).unwrap();
+                    (None, false)
+                }
                 Reaction::Silence => (None, false),
             };
             self.log.lock().unwrap().push(message);
