@@ -69,10 +69,10 @@ impl Parts {
         }
     }
 
-    /// A configuration with these parts, debug logs, and `extra` lines in the table of the machine.
+    /// A configuration with these parts and `extra` lines in the table of the machine.
     pub fn configuration(&self, extra: &str) -> String {
         format!(
-            "[hypervisor.inlay]\nkernel = \"{}\"\ninitrd = \"{}\"\n{extra}\n[runtime]\nenable_debug = true\ntrace_file = \"{HOME}/trace.jsonl\"\n",
+            "[hypervisor.inlay]\nkernel = \"{}\"\ninitrd = \"{}\"\n{extra}\n[runtime]\ntrace_file = \"{HOME}/trace.jsonl\"\n",
             self.kernel.display(),
             self.initrd.display()
         )
