@@ -13,10 +13,12 @@ pub mod console;
 pub mod device;
 pub mod fs;
 pub mod interrupt;
+pub mod mem;
 pub mod mmio;
 #[cfg(test)]
 mod moving;
 pub mod net;
+pub mod pmem;
 pub mod queue;
 #[cfg(test)]
 mod random;
