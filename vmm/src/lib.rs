@@ -37,10 +37,12 @@ pub mod observe;
 pub mod vcpu;
 
 pub use config::{
-    BASE_CMDLINE, BalloonConfig, BlkConfig, BootConfig, ConsoleConfig, FsConfig, MachineConfig, MemoryBacking,
-    MemoryConfig, NetConfig, Placement, PortConfig, PortEnd, RngConfig, SerialConfig, VhostUserConfig, VsockConfig,
+    BASE_CMDLINE, BalloonConfig, BlkConfig, BootConfig, ConsoleConfig, FsConfig, MachineConfig, MemConfig,
+    MemoryBacking, MemoryConfig, NetConfig, Placement, PmemConfig, PortConfig, PortEnd, RngConfig, SerialConfig,
+    VhostUserConfig, VsockConfig,
 };
 pub use devices::virtio::balloon::{BalloonError, BalloonHandle, GuestStats};
+pub use devices::virtio::mem::{MemError, MemHandle};
 pub use devices::virtio::vsock::{ConnectError, Connector, HostEnd};
 pub use machine::{BuildError, ExitReason, Machine, StateError};
 pub use observe::TracePoints;

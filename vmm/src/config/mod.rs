@@ -12,7 +12,9 @@ pub use devices::virtio::balloon::BalloonConfig;
 pub use devices::virtio::blk::BlkConfig;
 pub use devices::virtio::console::{ConsoleConfig, PortConfig, PortEnd};
 pub use devices::virtio::fs::FsConfig;
+pub use devices::virtio::mem::MemConfig;
 pub use devices::virtio::net::NetConfig;
+pub use devices::virtio::pmem::PmemConfig;
 pub use devices::virtio::vhost_user::VhostUserConfig;
 pub use devices::virtio::vsock::VsockConfig;
 
@@ -52,6 +54,10 @@ pub struct MachineConfig {
     pub rng: Option<RngConfig>,
     /// A balloon, by which the guest gives memory back.
     pub balloon: Option<BalloonConfig>,
+    /// Memory that the guest gets and gives back in blocks, beside its own.
+    pub pluggable: Option<MemConfig>,
+    /// Files as persistent memory, in the order of their names in the guest: `pmem0`, `pmem1`.
+    pub pmem: Vec<PmemConfig>,
     /// Ports between the guest and descriptors of this process, `hvc0` among them.
     pub console: Option<ConsoleConfig>,
 }
@@ -73,6 +79,8 @@ impl MachineConfig {
             vsock: None,
             rng: None,
             balloon: None,
+            pluggable: None,
+            pmem: Vec::new(),
             console: None,
         }
     }

@@ -16,8 +16,10 @@ use devices::virtio::balloon::{Balloon, BalloonConfig, BalloonHandle};
 use devices::virtio::blk::{Blk, BlkConfig, BlkError};
 use devices::virtio::console::{Console, ConsoleConfig, ConsoleError};
 use devices::virtio::fs::{Fs, FsConfig, FsError, ShareControl};
+use devices::virtio::mem::{Mem, MemConfig, MemError, MemHandle};
 use devices::virtio::mmio::QUEUE_NOTIFY;
 use devices::virtio::net::{Net, NetConfig};
+use devices::virtio::pmem::{Pmem, PmemConfig};
 use devices::virtio::rng::Rng;
 use devices::virtio::vhost_user::{VhostUser, VhostUserConfig, VhostUserError};
 use devices::virtio::vsock::{Connector, Vsock, VsockConfig, VsockError};
@@ -27,6 +29,7 @@ use crate::arch::x86_64::layout;
 use crate::bus::{Bus, BusError};
 use crate::event::{EventError, LoopThread, Role};
 use crate::irq::{self, IrqAllocator, IrqError};
+use crate::memory::{Above, MemoryError, PluggableBlocks};
 use crate::observe::TracePoints;
 
 /// Why a device is not in the machine.
@@ -73,6 +76,12 @@ pub enum AttachError {
     /// No balloon.
     #[error("Cannot make the event descriptors of a balloon")]
     Balloon(#[source] io::Error),
+    /// Memory that cannot be plugged.
+    #[error(transparent)]
+    Mem(#[from] MemError),
+    /// Memory above the guest's own that is not there.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
     /// A console device that cannot be made.
     #[error(transparent)]
     Console(#[from] ConsoleError),
@@ -156,6 +165,25 @@ impl<'a> VirtioSlots<'a> {
         let (balloon, handle) = Balloon::new(config, memory).map_err(AttachError::Balloon)?;
         self.attach(Box::new(balloon), Role::Io)?;
         Ok(handle)
+    }
+
+    /// Memory to be plugged, in a region above the guest's own.
+    pub(super) fn pluggable(
+        &mut self,
+        config: MemConfig,
+        address: u64,
+        blocks: PluggableBlocks,
+    ) -> Result<MemHandle, AttachError> {
+        let (mem, handle) = Mem::new(config, address, Box::new(blocks))?;
+        self.attach(Box::new(mem), Role::Io)?;
+        Ok(handle)
+    }
+
+    /// A file as memory above the guest's own.
+    pub(super) fn pmem(&mut self, config: PmemConfig, above: &mut Above) -> Result<(), AttachError> {
+        let (address, size) = above.persistent(self.vm, &config)?;
+        let file = (!config.read_only).then_some(config.file);
+        self.attach(Box::new(Pmem::new(address, size, file)), Role::Io)
     }
 
     pub(super) fn console(&mut self, config: ConsoleConfig) -> Result<(), AttachError> {

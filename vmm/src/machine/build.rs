@@ -14,9 +14,9 @@ use super::exit::{ExitReason, panic_message};
 use super::{Hardware, Machine};
 use crate::arch::x86_64::{ArchError, cpuid, lapic, layout, msr, regs};
 use crate::bus::Bus;
-use crate::config::{MachineConfig, Placement, RngConfig, SerialConfig};
+use crate::config::{MachineConfig, MemConfig, Placement, RngConfig, SerialConfig};
 use crate::irq;
-use crate::memory::{self, MemoryError};
+use crate::memory::{self, Above, MemoryError, PluggableRegion};
 use crate::observe::TracePoints;
 use crate::vcpu::{Buses, Control, SpawnError, VcpuThread};
 
@@ -80,6 +80,8 @@ impl Machine {
             vsock,
             rng,
             balloon,
+            pluggable,
+            pmem,
             console,
         } = config;
         if vcpus == 0 || vcpus > layout::MAX_VCPUS {
@@ -99,7 +101,10 @@ impl Machine {
         let mut port = Bus::default();
         let serial = attach_legacy(&vm, serial, &mut port, &control, &trace)?;
         let mut mmio = Bus::default();
-        let mut slots = VirtioSlots::new(&vm, &memory, &mut mmio, &mut cmdline);
+        let mut above = Above::new(&memory);
+        let pluggable = pluggable.map(|config| reserve_pluggable(&vm, &memory, &mut above, config)).transpose()?;
+        let device_memory = pluggable.as_ref().map_or(&memory, |(_, region)| &region.memory).clone();
+        let mut slots = VirtioSlots::new(&vm, &device_memory, &mut mmio, &mut cmdline);
         // The guest names devices of a kind by this order.
         let shares = fs.into_iter().map(|config| slots.fs(config)).collect::<Result<_, _>>()?;
         blk.into_iter().try_for_each(|config| slots.blk(config))?;
@@ -108,6 +113,9 @@ impl Machine {
         let vsock = vsock.map(|config| slots.vsock(config)).transpose()?;
         rng.map(|RngConfig| slots.rng()).transpose()?;
         let balloon = balloon.map(|config| slots.balloon(&config, memory_config.size)).transpose()?;
+        let pluggable =
+            pluggable.map(|(config, region)| slots.pluggable(config, region.address, region.blocks)).transpose()?;
+        pmem.into_iter().try_for_each(|config| slots.pmem(config, &mut above))?;
         console.map(|config| slots.console(config)).transpose()?;
         let loops = slots.into_loops();
         let entry = boot::describe(&memory, &memory_config, vcpus, &loaded, &cmdline)?;
@@ -118,8 +126,8 @@ impl Machine {
         }
         let buses = Buses { port: Arc::new(port), mmio: Arc::new(mmio) };
         spawn_processors(processors, &buses, &control, &trace)?;
-        let hardware = Mutex::new(Some(Hardware { _vm: vm, _memory: memory }));
-        Ok(Self { name, control, trace, serial, vsock, balloon, shares, loops, hardware })
+        let hardware = Mutex::new(Some(Hardware { _vm: vm, _above: above, _memory: memory }));
+        Ok(Self { name, control, trace, serial, vsock, balloon, pluggable, shares, loops, hardware })
     }
 }
 
@@ -167,6 +175,18 @@ fn retry<T>(call: impl Fn() -> Result<T, kvm_ioctls::Error>) -> Result<T, kvm_io
 
 fn kvm_error(call: &'static str, error: kvm_ioctls::Error) -> BuildError {
     BuildError::Kvm { call, source: error.into() }
+}
+
+/// Checks what was asked for before memory is made for it.
+fn reserve_pluggable(
+    vm: &VmFd,
+    memory: &GuestMemory,
+    above: &mut Above,
+    config: MemConfig,
+) -> Result<(MemConfig, PluggableRegion), BuildError> {
+    config.check().map_err(AttachError::Mem)?;
+    let region = above.pluggable(vm, memory, config.size)?;
+    Ok((config, region))
 }
 
 fn attach_legacy(

@@ -19,9 +19,11 @@ use devices::GuestMemory;
 use devices::legacy::Serial;
 use devices::virtio::balloon::BalloonHandle;
 use devices::virtio::fs::ShareControl;
+use devices::virtio::mem::MemHandle;
 use devices::virtio::vsock::Connector;
 
 use crate::event::LoopThread;
+use crate::memory::Above;
 use crate::observe::TracePoints;
 use crate::vcpu::{Control, VcpuThread};
 
@@ -51,6 +53,7 @@ pub struct Machine {
     serial: Arc<Serial>,
     vsock: Option<Connector>,
     balloon: Option<BalloonHandle>,
+    pluggable: Option<MemHandle>,
     shares: Vec<ShareControl>,
     loops: Vec<Arc<LoopThread>>,
     /// Gone when the machine was stopped.
@@ -61,6 +64,7 @@ pub struct Machine {
 struct Hardware {
     // Dropped before the memory that it uses.
     _vm: VmFd,
+    _above: Above,
     _memory: GuestMemory,
 }
 
@@ -94,6 +98,11 @@ impl Machine {
     /// The machine's balloon, where it has one: to set its size, and to read what the guest says.
     pub fn balloon(&self) -> Option<BalloonHandle> {
         self.balloon.clone()
+    }
+
+    /// The memory that can be plugged into the machine, where there is some: to say how much of it the guest is to have.
+    pub fn pluggable_memory(&self) -> Option<MemHandle> {
+        self.pluggable.clone()
     }
 
     /// Thread identifiers of the processors, in order; for placing them into a cgroup.

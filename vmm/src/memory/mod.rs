@@ -2,6 +2,7 @@
 //!
 //! Kernel and initrd are copied into it or mapped over it, see [`image`].
 
+mod above;
 mod align;
 mod backing;
 pub mod image;
@@ -18,6 +19,7 @@ use devices::GuestMemory;
 use crate::arch::x86_64::layout;
 use crate::config::MemoryConfig;
 
+pub use above::{Above, PluggableBlocks, PluggableRegion};
 use backing::Source;
 
 /// Size of a page of the host, and of the guest: both are x86-64.
@@ -77,6 +79,32 @@ pub enum MemoryError {
     /// The pieces do not make a guest memory.
     #[error("Guest memory cannot be put together")]
     Assemble(#[source] GuestRegionCollectionError),
+    /// No address is left for a region above guest memory.
+    #[error(
+        "There is no room for {size} bytes above guest memory: physical addresses end at {:#x}",
+        layout::ADDRESS_END
+    )]
+    Space {
+        /// What was asked for.
+        size: u64,
+    },
+    /// A region above guest memory could not be mapped.
+    #[error("Cannot map {size} bytes above guest memory")]
+    Map {
+        /// What was asked for.
+        size: u64,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// A file that cannot be persistent memory.
+    #[error("Persistent memory {id} has a file of {length} bytes, which cannot be mapped")]
+    Persistent {
+        /// Its name.
+        id: String,
+        /// Bytes of the file.
+        length: u64,
+    },
     /// `KVM_SET_USER_MEMORY_REGION` failed.
     #[error("Cannot give the memory at {address:#x} to the machine")]
     Slot {

@@ -14,7 +14,7 @@ use crate::virtio::worker::QueueWorker;
 use crate::virtio::{ActivateError, Activation, VirtioDevice, config_space};
 
 /// `VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE` (section 5.15.3): a driver keeps away from blocks that are
-/// not plugged, and is stopped if it does not.
+/// not plugged, and finds no memory there if it does not.
 const F_UNPLUGGED_INACCESSIBLE: u64 = 1;
 
 /// Linux has one request at a time.

@@ -68,7 +68,9 @@ pub const MAX_VCPUS: u8 = 254;
 /// Least memory: conventional memory, a small kernel at 16 MiB and room for its data.
 pub const MIN_MEMORY: u64 = 32 << 20;
 /// Most memory: what 40 bits of physical address can name, the least that x86-64 hosts have.
-pub const MAX_MEMORY: u64 = (1 << 40) - MMIO_GAP_END;
+pub const MAX_MEMORY: u64 = ADDRESS_END - MMIO_GAP_END;
+/// End of the physical addresses that are used.
+pub const ADDRESS_END: u64 = 1 << 40;
 /// The initrd stays below this: old boot loaders' `initrd_addr_max`, true for any Linux.
 pub const INITRD_MAX: u64 = 0x7fff_ffff;
 
