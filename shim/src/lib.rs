@@ -8,7 +8,8 @@
 //! ```
 //!
 //! One process serves one sandbox, which is one virtual machine. Called `containerd-shim-*` the program speaks
-//! containerd's shim protocol ([`shim`]); under any other name it is the operator's command ([`operator`]).
+//! containerd's shim protocol ([`shim`]); called `stratovirt` it runs a machine with StratoVirt's command line
+//! ([`stratovirt`]); under any other name it is the operator's command ([`operator`]).
 
 mod bootstrap;
 mod cli;
@@ -27,3 +28,4 @@ mod service;
 
 pub use bootstrap::main as shim;
 pub use cli::main as operator;
+pub use cli::stratovirt;

@@ -1,12 +1,13 @@
-//! The binary `inlay`, installed also as `containerd-shim-inlay-v2`.
+//! The binary `inlay`, installed also as `containerd-shim-inlay-v2` and `stratovirt`.
 
 use std::path::Path;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    let called_as_shim = std::env::args_os()
-        .next()
-        .and_then(|name| Some(Path::new(&name).file_name()?.to_str()?.starts_with("containerd-shim-")))
-        .unwrap_or(false);
-    if called_as_shim { inlay::shim() } else { inlay::operator() }
+    let called = std::env::args_os().next().unwrap_or_default();
+    match Path::new(&called).file_name().and_then(|name| name.to_str()) {
+        Some(name) if name.starts_with("containerd-shim-") => inlay::shim(),
+        Some("stratovirt") => inlay::stratovirt(),
+        _ => inlay::operator(),
+    }
 }

@@ -34,6 +34,7 @@ pub mod kernel;
 pub mod machine;
 pub mod memory;
 pub mod observe;
+pub mod stratovirt;
 pub mod vcpu;
 
 pub use config::{

@@ -1,11 +1,11 @@
 //! A 16550 serial port: the guest's console.
 
 use std::io::{self, Write};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vm_superio::Trigger;
-use vm_superio::serial::NoEvents;
-use vmm_sys_util::eventfd::EventFd;
+use vm_superio::serial::SerialEvents;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::ConsoleTail;
 use crate::BusDevice;
@@ -25,17 +25,22 @@ pub const SERIAL_PORT_COUNT: u16 = 8;
 pub struct Serial {
     uart: Mutex<Uart>,
     tail: ConsoleTail,
+    drained: Arc<EventFd>,
 }
 
-type Uart = vm_superio::Serial<Line, NoEvents, Output>;
+type Uart = vm_superio::Serial<Line, Drained, Output>;
 
 impl Serial {
     /// A port that interrupts through `line` (an irqfd, edge-triggered) and writes to `sink`,
     /// which should not block.
-    pub fn new(line: EventFd, sink: Box<dyn Write + Send>) -> Self {
+    ///
+    /// Fails when no event descriptor can be made.
+    pub fn new(line: EventFd, sink: Box<dyn Write + Send>) -> io::Result<Self> {
         let tail = ConsoleTail::default();
         let output = Output { sink, tail: tail.clone() };
-        Self { uart: Mutex::new(vm_superio::Serial::new(Line(line), output)), tail }
+        let drained = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
+        let uart = vm_superio::Serial::with_events(Line(line), Drained(Arc::clone(&drained)), output);
+        Ok(Self { uart: Mutex::new(uart), tail, drained })
     }
 
     /// The end of what the guest wrote.
@@ -47,6 +52,11 @@ impl Serial {
     pub fn send(&self, input: &[u8]) -> usize {
         // An error is a full buffer, or an interrupt that is pending already.
         self.lock().enqueue_raw_bytes(input).unwrap_or_default()
+    }
+
+    /// Readable once the guest has taken all input. Whoever waits for it reads it, and then sends more.
+    pub fn drained(&self) -> &EventFd {
+        &self.drained
     }
 
     fn lock(&self) -> MutexGuard<'_, Uart> {
@@ -80,6 +90,22 @@ impl Trigger for Line {
     }
 }
 
+/// Tells of a buffer that has become empty.
+struct Drained(Arc<EventFd>);
+
+impl SerialEvents for Drained {
+    fn buffer_read(&self) {}
+
+    fn out_byte(&self) {}
+
+    fn tx_lost_byte(&self) {}
+
+    fn in_buffer_empty(&self) {
+        // Fails only when it has been readable for ages.
+        let _ = self.0.write(1);
+    }
+}
+
 struct Output {
     sink: Box<dyn Write + Send>,
     tail: ConsoleTail,
@@ -103,10 +129,6 @@ impl Write for Output {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
-    use vmm_sys_util::eventfd::EFD_NONBLOCK;
-
     use super::*;
     use crate::legacy::CONSOLE_TAIL_SIZE;
 
@@ -143,7 +165,7 @@ mod tests {
 
     fn port(sink: impl Write + Send + 'static) -> (Serial, EventFd) {
         let line = EventFd::new(EFD_NONBLOCK).unwrap();
-        (Serial::new(line.try_clone().unwrap(), Box::new(sink)), line)
+        (Serial::new(line.try_clone().unwrap(), Box::new(sink)).unwrap(), line)
     }
 
     fn read(serial: &Serial, offset: u64) -> u8 {
@@ -170,7 +192,10 @@ mod tests {
         assert_eq!(serial.send(b"ok"), 2);
         assert_eq!(line.read().unwrap(), 1);
         assert_eq!(read(&serial, LINE_STATUS) & 1, 1);
-        assert_eq!([read(&serial, DATA), read(&serial, DATA)], *b"ok");
+        assert_eq!(read(&serial, DATA), b'o');
+        assert!(serial.drained().read().is_err());
+        assert_eq!(read(&serial, DATA), b'k');
+        assert_eq!(serial.drained().read().unwrap(), 1);
         assert_eq!(read(&serial, LINE_STATUS) & 1, 0);
     }
 

@@ -1,7 +1,9 @@
 //! The operator's command.
 
 mod check;
+mod vm;
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -33,8 +35,20 @@ struct Arguments {
 enum Command {
     /// Say what this host has and lacks for running sandboxes, and what to do about it
     Check,
+    /// Run a virtual machine, with StratoVirt's command line; `inlay vm -help` has its options
+    #[command(disable_help_flag = true)]
+    Vm {
+        /// StratoVirt's options
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "OPTIONS")]
+        options: Vec<OsString>,
+    },
     /// Print the version
     Version,
+}
+
+/// Runs the machine that StratoVirt's command line describes.
+pub fn stratovirt() -> ExitCode {
+    vm::main(std::env::args_os().skip(1))
 }
 
 /// Runs the command that the command line names.
@@ -42,6 +56,7 @@ pub fn main() -> ExitCode {
     let arguments = Arguments::parse();
     match arguments.command {
         Command::Check => check::run(arguments.config.as_deref()),
+        Command::Vm { options } => vm::main(options.into_iter()),
         Command::Version => {
             println!("inlay {}", env!("CARGO_PKG_VERSION"));
             ExitCode::SUCCESS

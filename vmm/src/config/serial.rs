@@ -12,6 +12,8 @@ pub enum SerialConfig {
     Stdout,
     /// A file, pipe or terminal, line by line. A guest waits while a write blocks.
     File(File),
+    /// A terminal or socket that does not block, byte by byte. What it does not take at once is lost.
+    Stream(File),
 }
 
 impl SerialConfig {
@@ -19,6 +21,7 @@ impl SerialConfig {
         match self {
             Self::Null => Box::new(io::sink()),
             Self::Stdout => Box::new(io::stdout()),
+            Self::Stream(file) => Box::new(file),
             Self::File(file) => Box::new(LineWriter::new(file)),
         }
     }

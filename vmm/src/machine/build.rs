@@ -197,7 +197,7 @@ fn attach_legacy(
     trace: &TracePoints,
 ) -> Result<Arc<Serial>, BuildError> {
     let line = irq::wire(vm, irq::SERIAL_LINE).map_err(AttachError::Irq)?;
-    let serial = Arc::new(Serial::new(line, config.into_writer()));
+    let serial = Arc::new(Serial::new(line, config.into_writer()).map_err(BuildError::EventFd)?);
     let tail = serial.tail().clone();
     let control = Arc::clone(control);
     let events: EventSink = Arc::new(move |event| {

@@ -14,6 +14,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use kvm_ioctls::VmFd;
+use vmm_sys_util::eventfd::EventFd;
 
 use devices::GuestMemory;
 use devices::legacy::Serial;
@@ -82,6 +83,11 @@ impl Machine {
     /// Sends input to the guest's console and returns how many bytes it took: its buffer has 64.
     pub fn console_input(&self, input: &[u8]) -> usize {
         self.serial.send(input)
+    }
+
+    /// Readable once the guest has taken all input of its console. Whoever waits for it reads it, and then sends more.
+    pub fn console_drained(&self) -> &EventFd {
+        self.serial.drained()
     }
 
     /// The way to the guest's sockets, where the machine has a vsock device.

@@ -1,0 +1,97 @@
+//! `inlay vm`, and the program called `stratovirt`: a machine with StratoVirt's command line.
+
+mod daemon;
+
+use std::error::Error;
+use std::ffi::OsString;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex};
+
+use tracing_subscriber::filter::LevelFilter;
+use vmm::stratovirt::{CommandLine, Console, Launch, Request};
+use vmm::{ExitReason, Machine};
+
+/// Says how much is logged, as for StratoVirt: off, error, warn, info, debug or trace.
+const LOG_LEVEL: &str = "STRATOVIRT_LOG_LEVEL";
+
+/// Runs the machine that `words` describe, to its end; the program's name is not among them.
+pub fn main(words: impl Iterator<Item = OsString>) -> ExitCode {
+    match run(words) {
+        Ok(code) => code,
+        Err(error) => {
+            complain(&*error);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(words: impl Iterator<Item = OsString>) -> Result<ExitCode, Box<dyn Error>> {
+    let line = match CommandLine::parse(words)? {
+        Request::Print(text) => {
+            // Nobody reads it, if it cannot be written.
+            let _ = writeln!(io::stdout(), "{}", text.trim_end());
+            return Ok(ExitCode::SUCCESS);
+        }
+        Request::Run(line) => *line,
+    };
+    start_log(line.log.as_ref().map(Option::as_deref))?;
+    let pidfile = line.pidfile.clone();
+    // Before anything is opened and any thread started: neither outlives a fork whole.
+    let daemon = if line.daemonize { Some(daemon::fork()?) } else { None };
+
+    let Launch { machine, input, freeze, sockets: _sockets } = Launch::open(line)?;
+    let machine = Arc::new(Machine::build(machine)?);
+    let _console = match input {
+        Some(input) => Some(Console::start(Arc::clone(&machine), input)?),
+        None => None,
+    };
+    if let Some(daemon) = daemon {
+        daemon.detach(pidfile.as_deref())?;
+    }
+    if !freeze {
+        machine.start()?;
+    }
+    let reason = machine.wait();
+    machine.stop();
+    tracing::info!(%reason, "The machine has ended");
+    Ok(match reason {
+        ExitReason::Shutdown | ExitReason::Reset | ExitReason::Stopped => ExitCode::SUCCESS,
+        ExitReason::Panicked(_) | ExitReason::TripleFault | ExitReason::VcpuError { .. } => {
+            complain(&reason);
+            ExitCode::FAILURE
+        }
+    })
+}
+
+/// Prints an error with its causes as one line.
+fn complain(error: &(dyn Error + 'static)) {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    tracing::error!("{text}");
+    // There is nobody to tell that standard error is gone.
+    let _ = writeln!(io::stderr(), "{text}");
+}
+
+/// Logs to `target`: a file, or standard error where none is named; without `-D` nowhere.
+fn start_log(target: Option<Option<&Path>>) -> io::Result<()> {
+    let level = std::env::var(LOG_LEVEL).ok().and_then(|level| level.parse().ok()).unwrap_or(LevelFilter::INFO);
+    let log = tracing_subscriber::fmt().with_max_level(level).with_ansi(false);
+    match target {
+        None => {}
+        Some(None) => log.with_writer(io::stderr).init(),
+        Some(Some(path)) => {
+            let file: File = OpenOptions::new().create(true).append(true).open(path).map_err(|error| {
+                io::Error::new(error.kind(), format!("Cannot open the log {}: {error}", path.display()))
+            })?;
+            log.with_writer(Mutex::new(file)).init();
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,349 @@
+//! The real binary, called `stratovirt`, with guests of a few bytes on this machine's KVM.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+const SERIAL: u16 = 0x3f8;
+const LINE_STATUS: u16 = 0x3fd;
+const EXIT: u16 = 0x505;
+const SHUTDOWN: u8 = 4;
+const PANICKED: u8 = 1;
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A guest as a flat kernel: machine code that means the same in 32-bit and 64-bit mode.
+#[derive(Clone, Default)]
+struct Guest(Vec<u8>);
+
+impl Guest {
+    fn bytes(mut self, bytes: &[u8]) -> Self {
+        self.0.extend(bytes);
+        self
+    }
+
+    /// `mov dx, port; mov al, value; out dx, al`
+    fn out(self, port: u16, value: u8) -> Self {
+        let [low, high] = port.to_le_bytes();
+        self.bytes(&[0x66, 0xba, low, high, 0xb0, value, 0xee])
+    }
+
+    fn print(self, text: &str) -> Self {
+        text.bytes().fold(self, |guest, byte| guest.out(SERIAL, byte))
+    }
+
+    /// Waits for a byte of input, and writes it back: `mov dx, 0x3fd; in al, dx; test al, 1; jz -5; mov dx, 0x3f8;
+    /// in al, dx; out dx, al`
+    fn echo(self) -> Self {
+        let [low, high] = LINE_STATUS.to_le_bytes();
+        let guest = self.bytes(&[0x66, 0xba, low, high, 0xec, 0xa8, 0x01, 0x74, 0xfb]);
+        let [low, high] = SERIAL.to_le_bytes();
+        guest.bytes(&[0x66, 0xba, low, high, 0xec, 0xee])
+    }
+
+    /// Ends the machine by `how`: `jmp $` after it.
+    fn end(self, how: u8) -> Self {
+        self.out(EXIT, how).bytes(&[0xeb, 0xfe])
+    }
+}
+
+struct Host {
+    root: tempfile::TempDir,
+}
+
+impl Host {
+    fn new(guest: &Guest) -> Self {
+        let root = tempfile::tempdir().unwrap();
+        fs::write(root.path().join("kernel"), &guest.0).unwrap();
+        Self { root }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.root.path().join(name)
+    }
+
+    fn command(&self, words: &[&str]) -> Command {
+        let mut command = stratovirt();
+        command
+            .current_dir(self.root.path())
+            .args(["-machine", "microvm", "-m", "128", "-kernel", "kernel"])
+            .args(words);
+        command.stdin(Stdio::null());
+        command
+    }
+
+    fn run(&self, words: &[&str]) -> Output {
+        self.command(words).output().unwrap()
+    }
+}
+
+fn stratovirt() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_inlay"));
+    command.arg0("/usr/bin/stratovirt").env_remove("STRATOVIRT_LOG_LEVEL");
+    command
+}
+
+fn kvm() -> bool {
+    let there = fs::OpenOptions::new().read(true).write(true).open("/dev/kvm").is_ok();
+    if !there {
+        println!("skipped: this host has no /dev/kvm");
+    }
+    there
+}
+
+/// Waits for a condition of the outside world, at most [`PATIENCE`].
+fn eventually<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let start = Instant::now();
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(start.elapsed() < PATIENCE, "{what} has not come");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+#[test]
+fn a_shutdown_is_success_and_a_panic_failure() {
+    if !kvm() {
+        return;
+    }
+    let host = Host::new(&Guest::default().print("hello").end(SHUTDOWN));
+    let output = host.run(&["-serial", "stdio"]);
+    assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "hello".into()), "{output:?}");
+    assert_eq!(text(&output.stderr), "");
+
+    let host = Host::new(&Guest::default().print("Kernel panic - not syncing: no luck\r\n").end(PANICKED));
+    let output = host.run(&[]);
+    assert_eq!((output.status.code(), text(&output.stdout)), (Some(1), String::new()));
+    assert_eq!(text(&output.stderr), "The guest's kernel has panicked: no luck\n");
+}
+
+#[test]
+fn inlay_vm_is_the_same_program() {
+    if !kvm() {
+        return;
+    }
+    let host = Host::new(&Guest::default().print("hello").end(SHUTDOWN));
+    let words = ["vm", "-kernel", "kernel", "-m", "128", "-serial", "stdio"];
+    let mut command = Command::new(env!("CARGO_BIN_EXE_inlay"));
+    let output = command.current_dir(host.root.path()).args(words).stdin(Stdio::null()).output().unwrap();
+    assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "hello".into()), "{output:?}");
+}
+
+#[test]
+fn more_input_than_the_port_holds_reaches_the_guest_in_order() {
+    if !kvm() {
+        return;
+    }
+    let input: Vec<u8> = (0..200_u8).map(|index| b'!' + index % 90).collect();
+    let guest = input.iter().fold(Guest::default(), |guest, _| guest.echo()).end(SHUTDOWN);
+    let host = Host::new(&guest);
+    let mut child = host.command(&["-serial", "stdio"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(&input).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(text(&output.stdout), text(&input));
+    assert!(output.status.success());
+}
+
+#[test]
+fn the_console_goes_to_a_file() {
+    if !kvm() {
+        return;
+    }
+    let host = Host::new(&Guest::default().print("hello").end(SHUTDOWN));
+    for words in [["-serial", "file,path=out"].as_slice(), &["-chardev", "file,id=c,path=out", "-serial", "chardev:c"]]
+    {
+        let output = host.run(words);
+        assert!(output.status.success(), "{output:?}");
+        assert_eq!(fs::read_to_string(host.path("out")).unwrap(), "hello");
+        fs::remove_file(host.path("out")).unwrap();
+    }
+}
+
+#[test]
+fn the_console_is_a_socket_that_is_gone_with_the_machine() {
+    if !kvm() {
+        return;
+    }
+    let host = Host::new(&Guest::default().echo().echo().end(SHUTDOWN));
+    // What a process left that was killed.
+    drop(std::os::unix::net::UnixListener::bind(host.path("console")).unwrap());
+    let mut child = host.command(&["-serial", "socket,path=console,server,nowait"]).spawn().unwrap();
+    let mut client = eventually("the socket", || UnixStream::connect(host.path("console")).ok());
+    client.write_all(b"ok").unwrap();
+    let mut said = [0; 2];
+    client.read_exact(&mut said).unwrap();
+    assert_eq!(&said, b"ok");
+    assert!(child.wait().unwrap().success());
+    assert!(!host.path("console").exists());
+}
+
+#[test]
+fn the_console_is_a_pseudo_terminal_whose_name_is_told() {
+    if !kvm() {
+        return;
+    }
+    let host = Host::new(&Guest::default().echo().echo().end(SHUTDOWN));
+    let mut child = host.command(&["-serial", "pty"]).stdout(Stdio::piped()).spawn().unwrap();
+    let mut stdout = std::io::BufReader::new(child.stdout.take().unwrap());
+    let mut line = String::new();
+    std::io::BufRead::read_line(&mut stdout, &mut line).unwrap();
+    let name = line.trim().strip_prefix("char device redirected to ").expect(&line);
+    let mut terminal = fs::OpenOptions::new().read(true).write(true).open(name).unwrap();
+    terminal.write_all(b"ok").unwrap();
+    let mut said = [0; 2];
+    terminal.read_exact(&mut said).unwrap();
+    assert_eq!(&said, b"ok");
+    assert!(child.wait().unwrap().success());
+}
+
+#[test]
+fn a_frozen_machine_does_not_run() {
+    if !kvm() {
+        return;
+    }
+    let host = Host::new(&Guest::default().print("hello").end(SHUTDOWN));
+    let mut child = host.command(&["-S", "-serial", "file,path=out"]).spawn().unwrap();
+    let threads = || fs::read_dir(format!("/proc/{}/task", child.id())).map_or(0, Iterator::count);
+    // The processor's thread is there, and waits.
+    eventually("the processor", || (threads() >= 2).then_some(()));
+    std::thread::sleep(Duration::from_millis(100));
+    assert_eq!(child.try_wait().unwrap(), None);
+    assert_eq!(fs::read_to_string(host.path("out")).unwrap(), "");
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+#[test]
+fn a_daemon_returns_when_the_machine_is_built_and_leaves_its_id() {
+    if !kvm() {
+        return;
+    }
+    let host = Host::new(&Guest::default().echo().end(SHUTDOWN));
+    let words = ["-daemonize", "-pidfile", "pid", "-serial", "socket,path=console,server,nowait"];
+    // Were a descriptor left open, the end of the output would not come.
+    let output = host.run(&words);
+    assert!(output.status.success(), "{output:?}");
+    let pid: u32 = fs::read_to_string(host.path("pid")).unwrap().trim().parse().unwrap();
+    let running = || Path::new(&format!("/proc/{pid}/task")).exists();
+    assert!(running());
+    UnixStream::connect(host.path("console")).unwrap().write_all(b"x").unwrap();
+    eventually("the daemon's end", || {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        (stat.is_empty() || stat.contains(") Z ")).then_some(())
+    });
+}
+
+#[test]
+fn a_daemon_that_cannot_be_says_why() {
+    let host = Host::new(&Guest::default());
+    let output = host.run(&[
+        "-daemonize",
+        "-initrd",
+        "nothing",
+        "-drive",
+        "id=d,file=nothing",
+        "-device",
+        "virtio-blk-device,drive=d,id=d",
+    ]);
+    assert_eq!(
+        (output.status.code(), text(&output.stderr)),
+        (Some(1), "Cannot open nothing: No such file or directory (os error 2)\n".into())
+    );
+    let output = host.run(&["-daemonize", "-serial", "stdio"]);
+    assert!(text(&output.stderr).contains("a daemon has no terminal"), "{output:?}");
+}
+
+#[test]
+fn refusals_are_one_line_and_status_1() {
+    let host = Host::new(&Guest::default());
+    for (words, sentence) in [
+        (&["-frob"][..], "There is no option -frob"),
+        (&["--machine", "microvm"], "options have one dash"),
+        (&["-serial", "socket,path=s,server"], "the properties server and nowait are needed"),
+        (&["-device", "virtio-blk-device,id=a,drive=b"], "Device a needs a -drive with the id b"),
+        (&["-device", "virtio-net-device,id=a,netdev=b"], "Device a needs a -netdev with the id b"),
+        (
+            &["-netdev", "tap,id=n,fd=99", "-device", "virtio-net-device,id=n,netdev=n"],
+            "it was not left open for this program",
+        ),
+        (&["-netdev", "tap,id=n", "-device", "virtio-net-device,id=n,netdev=n"], "it has neither ifname nor fd"),
+        (&["-drive", "id=d,file=kernel,aio=off", "-device", "virtio-blk-device,id=d,drive=d"], "there is no aio=off"),
+        (
+            &["-drive", "id=d,file=kernel,direct=off,aio=native", "-device", "virtio-blk-device,id=d,drive=d"],
+            "needs direct=on",
+        ),
+        (&["-chardev", "pty,id=c", "-chardev", "stdio,id=c"], "There are two of -chardev with the id c"),
+        (
+            &["-chardev", "stdio,id=c", "-device", "virtconsole,id=p,chardev=c"],
+            "Device p needs a -device virtio-serial-device",
+        ),
+        (&["-smp", "4,cores=3"], "do not make its processors"),
+        (&["-object", "memory-backend-ram,id=m,size=64M", "-numa", "node,memdev=m"], "its size is not that of -m"),
+        (
+            &["-chardev", "socket,id=f,path=s", "-device", "vhost-user-fs-device,id=f,chardev=f,tag=t"],
+            "it needs -machine mem-share=on",
+        ),
+        (&["-device", "vhost-vsock-device,id=v,guest-cid=3"], "This machine has no vhost-vsock-device yet"),
+    ] {
+        let output = host.run(words);
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{words:?}: {output:?}");
+        assert!(said.contains(sentence) && said.lines().count() == 1, "{words:?}: {said}");
+    }
+}
+
+#[test]
+fn help_and_version_need_no_machine() {
+    for word in ["-help", "-version"] {
+        let output = stratovirt().arg(word).output().unwrap();
+        assert!(output.status.success() && !output.stdout.is_empty(), "{output:?}");
+    }
+}
+
+#[test]
+fn devices_and_memory_of_every_kind_make_a_machine() {
+    if !kvm() {
+        return;
+    }
+    let host = Host::new(&Guest::default().end(SHUTDOWN));
+    fs::write(host.path("disk"), [0; 4096]).unwrap();
+    let devices = [
+        "-drive",
+        "id=d,file=disk,readonly=on,direct=off",
+        "-device",
+        "virtio-blk-device,drive=d,id=d,serial=s",
+        "-object",
+        "rng-random,id=r,filename=/dev/urandom",
+        "-device",
+        "virtio-rng-device,rng=r,id=rng0",
+        "-device",
+        "virtio-balloon-device,id=b,deflate-on-oom=on",
+        "-device",
+        "virtio-serial-device,id=vs",
+        "-chardev",
+        "socket,id=c,path=hvc,server,nowait",
+        "-device",
+        "virtconsole,chardev=c,id=vc,nr=0",
+        "-device",
+        "virtio-fs-device,id=f,tag=t,source=.",
+    ];
+    for memory in [
+        &[][..],
+        &["-mem-path", "."],
+        &["-mem-path", "ram"],
+        &["-mem-prealloc", "-numa", "node,memdev=m", "-object", "memory-backend-memfd,id=m,size=128M,share=on"],
+    ] {
+        let output = host.run(&[&devices[..], memory].concat());
+        assert_eq!((output.status.code(), text(&output.stderr)), (Some(0), String::new()), "{memory:?}");
+    }
+    assert_eq!(fs::metadata(host.path("ram")).unwrap().len(), 128 << 20);
+}

@@ -1,0 +1,399 @@
+//! From a command line to a machine's configuration: options that name each other are put together, and files, interfaces
+//! and sockets are opened.
+
+mod network;
+mod streams;
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use devices::virtio::blk::BlkConfig;
+use devices::virtio::fs::{CachePolicy, FsConfig};
+use devices::virtio::net::TapError;
+use devices::virtio::vhost_user::{Patience, VhostUserConfig, VhostUserKind};
+
+use super::command_line::CommandLine;
+use super::command_line::backend::{Aio, Chardev, Drive, Netdev, Serial, SocketStream};
+use super::command_line::device::{
+    BalloonDevice, BlkDevice, Device, FsDevice, PortDevice, VhostUserBlkDevice, VhostUserFsDevice,
+};
+use super::command_line::machine::{FileMemoryBackend, Numa, Object};
+use crate::config::{
+    BalloonConfig, BootConfig, MachineConfig, MemoryBacking, MemoryConfig, PortConfig, RngConfig, SerialConfig,
+};
+
+pub use streams::{Input, Sockets};
+
+/// Memory of a machine that asks for none, in MiB.
+const DEFAULT_MEMORY_MIB: u32 = 256;
+/// Entries of each queue of a directory, served here or by another process: room for the largest requests of Linux.
+const FS_QUEUE_SIZE: u16 = 1024;
+/// Entries of each other queue, unless the command line says how many.
+const QUEUE_SIZE: u16 = 256;
+/// Threads for requests for a directory that wait for a disk.
+const FS_WORKERS: u16 = 4;
+
+/// A machine to be built, and how the process is to deal with it.
+#[derive(Debug)]
+pub struct Launch {
+    /// The machine.
+    pub machine: MachineConfig,
+    /// Where the console's input comes from.
+    pub input: Option<Input>,
+    /// Whether the processors wait.
+    pub freeze: bool,
+    /// What to keep as long as the machine.
+    pub sockets: Sockets,
+}
+
+/// Why a command line is not a machine.
+#[derive(Debug, thiserror::Error)]
+pub enum LaunchError {
+    /// Two things of a kind with one name.
+    #[error("There are two of {option} with the id {id}")]
+    Twice {
+        /// The option.
+        option: &'static str,
+        /// The name.
+        id: String,
+    },
+    /// A name of nothing, or of something that is in use.
+    #[error("{user} needs a {option} with the id {id} to itself, and there is none")]
+    Missing {
+        /// Who refers to it.
+        user: String,
+        /// The option that would define it.
+        option: &'static str,
+        /// The name.
+        id: String,
+    },
+    /// Properties that exclude each other, or cannot be for this machine.
+    #[error("{what} cannot be: {why}")]
+    Conflict {
+        /// What was asked for.
+        what: String,
+        /// Why not.
+        why: &'static str,
+    },
+    /// A file that cannot be opened.
+    #[error("Cannot open {}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// What is read from the command line and the machine does not have.
+    #[error("This machine has no {0} yet")]
+    Absent(&'static str),
+    /// A tap interface.
+    #[error("Interface {id} cannot be used")]
+    Tap {
+        /// Its name in the command line.
+        id: String,
+        /// Why.
+        #[source]
+        source: TapError,
+    },
+    /// A socket.
+    #[error("Cannot listen at {place}")]
+    Listen {
+        /// Where.
+        place: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A socket without an address.
+    #[error("A socket has either a path, or a host and a port")]
+    SocketPlace,
+    /// A socket that does not listen, or is to be waited for.
+    #[error("A machine listens and waits for no client: the properties server and nowait are needed")]
+    NotServer,
+    /// A pseudo-terminal or pair of sockets could not be made.
+    #[error("Cannot make a stream")]
+    Stream(#[source] io::Error),
+    /// Standard input or output.
+    #[error("Standard input and output cannot be used")]
+    Stdio(#[source] io::Error),
+}
+
+impl Launch {
+    /// Opens what `line` asks for. Takes over the descriptors that it names.
+    pub fn open(line: CommandLine) -> Result<Self, LaunchError> {
+        unique("-device", line.device.iter().filter_map(Device::id))?;
+        unique("-chardev", line.chardev.iter().filter_map(Chardev::id))?;
+        unique("-object", line.object.iter().map(Object::id))?;
+        let smp = line.smp.as_ref();
+        if smp.is_some_and(|smp| !smp.is_consistent()) {
+            return Err(conflict("-smp", "sockets, dies, clusters, cores and threads do not make its processors"));
+        }
+        if line.daemonize && matches!(line.serial, Some(Serial::Own(Chardev::Stdio(_)))) {
+            return Err(conflict("-daemonize with -serial stdio", "a daemon has no terminal"));
+        }
+        if line.incoming.is_some() {
+            return Err(LaunchError::Absent("-incoming"));
+        }
+        if !line.qmp.is_empty() || !line.mon.is_empty() {
+            return Err(LaunchError::Absent("QMP"));
+        }
+        let memory = memory(&line)?;
+        let CommandLine { name, smp, kernel, initrd, append, freeze, .. } = line;
+        let boot = BootConfig { kernel, initrd, cmdline: append.unwrap_or_default() };
+        let mut machine = MachineConfig::new(name.unwrap_or_else(|| "microvm".into()), memory, boot);
+        machine.vcpus = smp.map_or(1, |smp| smp.cpus);
+
+        let mut backends = Backends::new(line.drive, line.netdev, line.chardev, line.object);
+        for device in line.device {
+            match device {
+                Device::VirtioBlkDevice(device) => machine.blk.push(backends.drive(device)?),
+                Device::VirtioNetDevice(device) => backends.interface(device, &mut machine)?,
+                Device::VirtioRngDevice(device) if machine.rng.is_none() => {
+                    machine.rng = Some(backends.entropy(&device.rng)?);
+                }
+                Device::VirtioRngDevice(_) => return Err(conflict("A second virtio-rng-device", "a machine has one")),
+                Device::VirtioFsDevice(device) => machine.fs.push(shared_directory(device)),
+                Device::VhostUserBlkDevice(device) => machine.vhost_user.push(backends.remote_drive(device)?),
+                Device::VhostUserFsDevice(device) => machine.vhost_user.push(backends.remote_directory(device)?),
+                Device::VirtioSerialDevice(_) => {
+                    machine.console.get_or_insert_default();
+                }
+                Device::Virtconsole(device) => backends.port(device, true, &mut machine)?,
+                Device::Virtserialport(device) => backends.port(device, false, &mut machine)?,
+                Device::VhostVsockDevice(_) => return Err(LaunchError::Absent("vhost-vsock-device")),
+                Device::VirtioBalloonDevice(device) if machine.balloon.is_none() => {
+                    machine.balloon = Some(balloon(&device));
+                }
+                Device::VirtioBalloonDevice(_) => return Err(conflict("A second balloon", "a machine has one")),
+                Device::VirtioMemDevice(_) => return Err(LaunchError::Absent("virtio-mem-device")),
+                Device::VirtioPmemDevice(_) => return Err(LaunchError::Absent("virtio-pmem-device")),
+            }
+        }
+        let (serial, input) = backends.console(line.serial)?;
+        machine.serial = serial;
+        if !machine.vhost_user.is_empty() && machine.memory.backing.is_private() {
+            return Err(conflict("A device of another process", "it needs -machine mem-share=on"));
+        }
+        Ok(Self { machine, input, freeze, sockets: backends.sockets })
+    }
+}
+
+fn conflict(what: impl Into<String>, why: &'static str) -> LaunchError {
+    LaunchError::Conflict { what: what.into(), why }
+}
+
+fn unique<'a>(option: &'static str, ids: impl Iterator<Item = &'a str>) -> Result<(), LaunchError> {
+    let mut seen = std::collections::BTreeSet::new();
+    for id in ids {
+        if !seen.insert(id) {
+            return Err(LaunchError::Twice { option, id: id.to_owned() });
+        }
+    }
+    Ok(())
+}
+
+/// Guest memory: of `-m`, and of what `-mem-path` or the one NUMA node's memory backend says about it.
+fn memory(line: &CommandLine) -> Result<MemoryConfig, LaunchError> {
+    let machine = line.machine.clone().unwrap_or_default();
+    let mut memory = match &line.memory {
+        Some(memory) => MemoryConfig::from_size(memory.size.0),
+        None => MemoryConfig::from_mib(DEFAULT_MEMORY_MIB),
+    };
+    memory.core_dump = machine.dump_guest_core;
+    memory.prealloc = line.mem_prealloc;
+    if machine.mem_share {
+        memory.backing = MemoryBacking::Shared;
+    }
+    let mut nodes = line.numa.iter().filter_map(|Numa::Node(node)| node.memdev.as_deref());
+    match (&line.mem_path, nodes.next(), nodes.next()) {
+        (Some(path), None, None) => {
+            memory.backing = MemoryBacking::File { file: memory_file(path)?, shared: machine.mem_share };
+        }
+        (None, Some(id), None) => back_by_object(&mut memory, id, &line.object)?,
+        (None, None, None) => {}
+        _ => return Err(conflict("More than one memory", "a microvm has one NUMA node, whose memory has one backend")),
+    }
+    Ok(memory)
+}
+
+fn back_by_object(memory: &mut MemoryConfig, id: &str, objects: &[Object]) -> Result<(), LaunchError> {
+    let missing =
+        || LaunchError::Missing { user: "-numa node".into(), option: "-object memory-backend", id: id.into() };
+    let (size, prealloc, dump) = match objects.iter().find(|object| object.id() == id).ok_or_else(missing)? {
+        Object::MemoryBackendRam(backend) => {
+            memory.backing = if backend.share { MemoryBacking::Shared } else { MemoryBacking::Private };
+            (backend.size, backend.prealloc, backend.dump)
+        }
+        // A memfd is there to be shared.
+        Object::MemoryBackendMemfd(backend) => {
+            memory.backing = MemoryBacking::Shared;
+            (backend.size, backend.prealloc, backend.dump)
+        }
+        Object::MemoryBackendFile(FileMemoryBackend { mem_path, share, size, prealloc, dump, .. }) => {
+            memory.backing = MemoryBacking::File { file: memory_file(mem_path)?, shared: *share };
+            (*size, *prealloc, *dump)
+        }
+        Object::RngRandom(_) | Object::Iothread(_) => return Err(missing()),
+    };
+    if size.0 != memory.size {
+        return Err(conflict(format!("Memory backend {id}"), "its size is not that of -m"));
+    }
+    memory.prealloc |= prealloc;
+    memory.core_dump = dump.unwrap_or(memory.core_dump);
+    Ok(())
+}
+
+/// The file at `path`, made if there is none; or one without a name in the directory `path`.
+fn memory_file(path: &Path) -> Result<File, LaunchError> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true);
+    if path.is_dir() {
+        options.custom_flags(libc::O_TMPFILE).mode(0o600);
+    } else {
+        options.create(true).truncate(false);
+    }
+    options.open(path).map_err(|source| LaunchError::File { path: path.into(), source })
+}
+
+/// What devices are put on top of; each is taken once.
+struct Backends {
+    drives: Vec<Drive>,
+    netdevs: Vec<Netdev>,
+    chardevs: Vec<Chardev>,
+    objects: Vec<Object>,
+    sockets: Sockets,
+}
+
+impl Backends {
+    fn new(drives: Vec<Drive>, netdevs: Vec<Netdev>, chardevs: Vec<Chardev>, objects: Vec<Object>) -> Self {
+        Self { drives, netdevs, chardevs, objects, sockets: Sockets::default() }
+    }
+
+    /// The one port of the console device, which must be there before it.
+    fn port(&mut self, device: PortDevice, console: bool, machine: &mut MachineConfig) -> Result<(), LaunchError> {
+        let PortDevice { id, chardev } = device;
+        let missing =
+            |option, id: &str| LaunchError::Missing { user: format!("Device {}", &id), option, id: id.to_owned() };
+        let bus = machine.console.as_mut().ok_or_else(|| missing("-device virtio-serial-device before it", &id))?;
+        if !bus.ports.is_empty() {
+            return Err(conflict(format!("Device {id}"), "a microvm has one port"));
+        }
+        let index = self.chardevs.iter().position(|known| known.id() == Some(chardev.as_str()));
+        let index = index.ok_or_else(|| missing("-chardev", &chardev))?;
+        let host = self.sockets.open(&self.chardevs.swap_remove(index))?;
+        bus.ports.push(PortConfig { number: 0, console, name: (!console).then_some(id), host });
+        Ok(())
+    }
+
+    fn drive(&mut self, device: BlkDevice) -> Result<BlkConfig, LaunchError> {
+        let BlkDevice { id, drive, serial, num_queues, queue_size } = device;
+        if num_queues.unwrap_or(1) != 1 || queue_size.unwrap_or(QUEUE_SIZE) != QUEUE_SIZE {
+            return Err(conflict(format!("Device {id}"), "a drive has one queue of 256 entries"));
+        }
+        let missing = || LaunchError::Missing { user: format!("Device {id}"), option: "-drive", id: drive.clone() };
+        let index = self.drives.iter().position(|known| known.id == drive).ok_or_else(missing)?;
+        let drive = self.drives.swap_remove(index);
+        let what = || format!("Drive {} with direct={}", drive.id, if drive.direct { "on" } else { "off" });
+        match (drive.direct, drive.engine()) {
+            (true, Aio::Off) => return Err(conflict(what(), "past the page cache there is no aio=off")),
+            (false, Aio::Native) => return Err(conflict(what(), "aio=native needs direct=on")),
+            _ => {}
+        }
+        if drive.iops.is_some() {
+            return Err(LaunchError::Absent("limit for drives"));
+        }
+        let mut options = OpenOptions::new();
+        options.read(true).write(!drive.readonly).custom_flags(libc::O_CLOEXEC);
+        let file =
+            options.open(&drive.file).map_err(|source| LaunchError::File { path: drive.file.clone(), source })?;
+        Ok(BlkConfig { id, file, read_only: drive.readonly, serial: serial.unwrap_or_default() })
+    }
+
+    /// The socket of a process that serves a device.
+    fn socket(&mut self, user: &str, id: &str) -> Result<PathBuf, LaunchError> {
+        let missing =
+            || LaunchError::Missing { user: format!("Device {user}"), option: "-chardev socket", id: id.to_owned() };
+        let index = self.chardevs.iter().position(|known| known.id() == Some(id)).ok_or_else(missing)?;
+        // `server` is in command lines that were written for StratoVirt, which connects all the same.
+        match self.chardevs.swap_remove(index) {
+            Chardev::Socket(SocketStream { path: Some(path), host: None, port: None, .. }) => Ok(path),
+            _ => Err(missing()),
+        }
+    }
+
+    fn remote_drive(&mut self, device: VhostUserBlkDevice) -> Result<VhostUserConfig, LaunchError> {
+        Ok(VhostUserConfig {
+            socket: self.socket(&device.id, &device.chardev)?,
+            id: device.id,
+            kind: VhostUserKind::Blk,
+            num_queues: device.num_queues.unwrap_or(1),
+            queue_size: device.queue_size.unwrap_or(QUEUE_SIZE),
+            patience: Patience::default(),
+        })
+    }
+
+    fn remote_directory(&mut self, device: VhostUserFsDevice) -> Result<VhostUserConfig, LaunchError> {
+        Ok(VhostUserConfig {
+            socket: self.socket(&device.id, &device.chardev)?,
+            id: device.id,
+            kind: VhostUserKind::Fs { tag: device.tag },
+            num_queues: 1,
+            queue_size: FS_QUEUE_SIZE,
+            patience: Patience::default(),
+        })
+    }
+
+    /// The console on the serial port.
+    fn console(&mut self, serial: Option<Serial>) -> Result<(SerialConfig, Option<Input>), LaunchError> {
+        let chardev = match serial {
+            None => return Ok((SerialConfig::Null, None)),
+            Some(Serial::Own(chardev)) => chardev,
+            Some(Serial::Named(id)) => {
+                let index = self.chardevs.iter().position(|known| known.id() == Some(id.as_str()));
+                let missing = || LaunchError::Missing { user: "-serial".into(), option: "-chardev", id: id.clone() };
+                self.chardevs.swap_remove(index.ok_or_else(missing)?)
+            }
+        };
+        streams::serial(self.sockets.open(&chardev)?)
+    }
+
+    fn entropy(&self, id: &str) -> Result<RngConfig, LaunchError> {
+        let found = self.objects.iter().find_map(|object| match object {
+            Object::RngRandom(rng) if rng.id == id => Some(rng),
+            _ => None,
+        });
+        let missing =
+            || LaunchError::Missing { user: "virtio-rng-device".into(), option: "-object rng-random", id: id.into() };
+        match found.ok_or_else(missing)?.filename.to_str() {
+            Some("/dev/urandom" | "/dev/random") => Ok(RngConfig),
+            _ => Err(conflict(format!("Entropy {id}"), "it comes from /dev/urandom or /dev/random")),
+        }
+    }
+}
+
+fn balloon(device: &BalloonDevice) -> BalloonConfig {
+    BalloonConfig {
+        target: 0,
+        deflate_on_oom: device.deflate_on_oom,
+        free_page_reporting: device.free_page_reporting,
+        free_page_hinting: false,
+        stats_interval: None,
+    }
+}
+
+fn shared_directory(device: FsDevice) -> FsConfig {
+    FsConfig {
+        tag: device.tag,
+        shared_dir: device.source,
+        cache: CachePolicy::Auto,
+        num_request_queues: 1,
+        queue_size: FS_QUEUE_SIZE,
+        writeback: false,
+        workers: FS_WORKERS,
+        xattr: true,
+        posix_locks: true,
+    }
+}
