@@ -38,7 +38,7 @@ pub mod stratovirt;
 pub mod vcpu;
 
 pub use config::{
-    BASE_CMDLINE, BalloonConfig, BlkConfig, BootConfig, ConsoleConfig, FsConfig, MachineConfig, MemConfig,
+    BASE_CMDLINE, BalloonConfig, BlkConfig, BootConfig, Confinement, ConsoleConfig, FsConfig, MachineConfig, MemConfig,
     MemoryBacking, MemoryConfig, NetConfig, Placement, PmemConfig, PortConfig, PortEnd, RngConfig, SerialConfig,
     VhostUserConfig, VsockConfig,
 };

@@ -22,6 +22,7 @@ pub use crate::memory::image::Placement;
 pub use boot::{BASE_CMDLINE, BootConfig};
 pub use memory::{MemoryBacking, MemoryConfig};
 pub use rng::RngConfig;
+pub use seccomp::Confinement;
 pub use serial::SerialConfig;
 
 /// A machine to be built.
@@ -60,10 +61,12 @@ pub struct MachineConfig {
     pub pmem: Vec<PmemConfig>,
     /// Ports between the guest and descriptors of this process, `hvc0` among them.
     pub console: Option<ConsoleConfig>,
+    /// Whether the machine's threads are confined to their roles. The process as a whole is its program's business.
+    pub confinement: Confinement,
 }
 
 impl MachineConfig {
-    /// One processor, images that are copied, a console whose output is only kept in the tail, and no virtio devices.
+    /// One processor, confined threads, images that are copied, a console whose output is only kept in the tail, and no virtio devices.
     pub fn new(name: impl Into<String>, memory: MemoryConfig, boot: BootConfig) -> Self {
         Self {
             name: name.into(),
@@ -82,6 +85,7 @@ impl MachineConfig {
             pluggable: None,
             pmem: Vec::new(),
             console: None,
+            confinement: Confinement::On,
         }
     }
 }

@@ -3,29 +3,12 @@
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 
 use event_manager::{EventManager, RemoteEndpoint, SubscriberId};
 
 use devices::{EventLoop, Subscriber};
-
-/// What a loop is for; the name of its thread.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Role {
-    /// All devices by default.
-    Io,
-    /// A shared file system, whose calls may take long.
-    Fs,
-}
-
-impl Role {
-    fn thread_name(self) -> String {
-        match self {
-            Self::Io => "io".into(),
-            Self::Fs => "fs".into(),
-        }
-    }
-}
+use seccomp::{Confinement, Role};
 
 /// Why there is no event loop.
 #[derive(Debug, thiserror::Error)]
@@ -46,18 +29,16 @@ pub struct LoopThread {
 }
 
 impl LoopThread {
-    /// Starts a loop that has nothing to do yet.
-    pub fn spawn(role: Role) -> Result<Self, EventError> {
+    /// Starts a loop that has nothing to do yet. Its thread has the role's name.
+    pub fn spawn(role: Role, confinement: Confinement) -> Result<Self, EventError> {
         let manager = EventManager::new().map_err(EventError::Manager)?;
         let endpoint = manager.remote_endpoint();
         let stopping = Arc::new(AtomicBool::new(false));
-        let thread = thread::Builder::new()
-            .name(role.thread_name())
-            .spawn({
-                let stopping = Arc::clone(&stopping);
-                move || run(manager, &stopping)
-            })
-            .map_err(EventError::Thread)?;
+        let thread = seccomp::spawn(confinement, role, role.name().to_owned(), {
+            let stopping = Arc::clone(&stopping);
+            move || run(manager, &stopping)
+        })
+        .map_err(EventError::Thread)?;
         Ok(Self { endpoint, stopping, thread: Mutex::new(Some(thread)) })
     }
 
@@ -144,7 +125,7 @@ mod tests {
         let (seen, receiver) = channel();
         let event = EventFd::new(0).expect("eventfd");
         let echo = Echo { event: event.try_clone().expect("clone"), seen };
-        let looper = LoopThread::spawn(Role::Io).expect("spawn");
+        let looper = LoopThread::spawn(Role::Io, Confinement::On).expect("spawn");
         let id = looper.add(Box::new(echo)).expect("add");
         assert_eq!(receiver.try_recv(), Ok("init"));
         event.write(1).expect("write");
@@ -158,7 +139,7 @@ mod tests {
     fn stopping_drops_the_subscribers_and_later_calls_fail() {
         let (seen, receiver) = channel();
         let echo = Echo { event: EventFd::new(0).expect("eventfd"), seen: seen.clone() };
-        let looper = LoopThread::spawn(Role::Fs).expect("spawn");
+        let looper = LoopThread::spawn(Role::Fs, Confinement::On).expect("spawn");
         looper.add(Box::new(echo)).expect("add");
         looper.stop();
         looper.stop();

@@ -24,10 +24,11 @@ use devices::virtio::rng::Rng;
 use devices::virtio::vhost_user::{VhostUser, VhostUserConfig, VhostUserError};
 use devices::virtio::vsock::{Connector, Vsock, VsockConfig, VsockError};
 use devices::virtio::{Interrupt, MmioTransport, VirtioDevice};
+use seccomp::{Confinement, Role};
 
 use crate::arch::x86_64::layout;
 use crate::bus::{Bus, BusError};
-use crate::event::{EventError, LoopThread, Role};
+use crate::event::{EventError, LoopThread};
 use crate::irq::{self, IrqAllocator, IrqError};
 use crate::memory::{Above, MemoryError, PluggableBlocks};
 use crate::observe::TracePoints;
@@ -118,21 +119,27 @@ pub(super) struct VirtioSlots<'a> {
 }
 
 /// The threads that devices asked for.
-#[derive(Default)]
 struct Loops {
+    confinement: Confinement,
     io: Option<Arc<LoopThread>>,
     fs: Option<Arc<LoopThread>>,
 }
 
 impl<'a> VirtioSlots<'a> {
     /// The first device comes to the start of the MMIO gap.
-    pub(super) fn new(vm: &'a VmFd, memory: &'a GuestMemory, bus: &'a mut Bus, cmdline: &'a mut Cmdline) -> Self {
-        let (lines, loops) = (IrqAllocator::default(), Loops::default());
+    pub(super) fn new(
+        vm: &'a VmFd,
+        memory: &'a GuestMemory,
+        bus: &'a mut Bus,
+        cmdline: &'a mut Cmdline,
+        confinement: Confinement,
+    ) -> Self {
+        let (lines, loops) = (IrqAllocator::default(), Loops { confinement, io: None, fs: None });
         Self { vm, memory, bus, cmdline, lines, next_window: layout::MMIO_GAP_START, loops }
     }
 
     pub(super) fn fs(&mut self, config: FsConfig) -> Result<ShareControl, AttachError> {
-        let fs = Fs::new(config)?;
+        let fs = Fs::new(config, self.loops.confinement)?;
         let control = fs.control();
         self.attach(Box::new(fs), Role::Fs)?;
         Ok(control)
@@ -222,13 +229,13 @@ impl Loops {
     /// The loop for `role`, started when it is first asked for.
     fn get(&mut self, role: Role) -> Result<Arc<LoopThread>, EventError> {
         let slot = match role {
-            Role::Io => &mut self.io,
             Role::Fs => &mut self.fs,
+            _ => &mut self.io,
         };
         match slot {
             Some(event_loop) => Ok(Arc::clone(event_loop)),
             None => {
-                let event_loop = Arc::new(LoopThread::spawn(role)?);
+                let event_loop = Arc::new(LoopThread::spawn(role, self.confinement)?);
                 *slot = Some(Arc::clone(&event_loop));
                 Ok(event_loop)
             }

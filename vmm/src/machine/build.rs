@@ -4,6 +4,7 @@ use std::io;
 use std::sync::{Arc, Mutex};
 
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use seccomp::Confinement;
 
 use devices::GuestMemory;
 use devices::legacy::{EventSink, MachineEvent, Serial};
@@ -83,7 +84,9 @@ impl Machine {
             pluggable,
             pmem,
             console,
+            confinement,
         } = config;
+        confinement.announce();
         if vcpus == 0 || vcpus > layout::MAX_VCPUS {
             return Err(BuildError::Vcpus(vcpus));
         }
@@ -104,7 +107,7 @@ impl Machine {
         let mut above = Above::new(&memory);
         let pluggable = pluggable.map(|config| reserve_pluggable(&vm, &memory, &mut above, config)).transpose()?;
         let device_memory = pluggable.as_ref().map_or(&memory, |(_, region)| &region.memory).clone();
-        let mut slots = VirtioSlots::new(&vm, &device_memory, &mut mmio, &mut cmdline);
+        let mut slots = VirtioSlots::new(&vm, &device_memory, &mut mmio, &mut cmdline, confinement);
         // The guest names devices of a kind by this order.
         let shares = fs.into_iter().map(|config| slots.fs(config)).collect::<Result<_, _>>()?;
         blk.into_iter().try_for_each(|config| slots.blk(config))?;
@@ -125,7 +128,7 @@ impl Machine {
             regs::set_boot_processor(boot_processor, entry)?;
         }
         let buses = Buses { port: Arc::new(port), mmio: Arc::new(mmio) };
-        spawn_processors(processors, &buses, &control, &trace)?;
+        spawn_processors(processors, &buses, &control, &trace, confinement)?;
         let hardware = Mutex::new(Some(Hardware { _vm: vm, _above: above, _memory: memory }));
         Ok(Self { name, control, trace, serial, vsock, balloon, pluggable, shares, loops, hardware })
     }
@@ -235,12 +238,13 @@ fn spawn_processors(
     buses: &Buses,
     control: &Arc<Control>,
     trace: &Arc<TracePoints>,
+    confinement: Confinement,
 ) -> Result<(), BuildError> {
     let mut threads = Vec::with_capacity(processors.len());
     let mut failed = None;
     for (index, processor) in (0..).zip(processors) {
         let (control, trace) = (Arc::clone(control), Arc::clone(trace));
-        match VcpuThread::spawn(index, processor, buses.clone(), control, trace) {
+        match VcpuThread::spawn(index, processor, buses.clone(), control, trace, confinement) {
             Ok(thread) => threads.push(thread),
             Err(error) => {
                 failed = Some(error);

@@ -3,9 +3,10 @@
 use std::io;
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 
 use kvm_ioctls::VcpuFd;
+use seccomp::{Confinement, Role};
 use vmm_sys_util::signal::{Killable, unblock_signal};
 
 use super::Control;
@@ -54,22 +55,21 @@ impl VcpuThread {
         buses: Buses,
         control: Arc<Control>,
         trace: Arc<TracePoints>,
+        confinement: Confinement,
     ) -> Result<Self, SpawnError> {
         install_handler();
         let immediate_exit = ImmediateExit::map(&vcpu).map_err(|source| SpawnError::RunPage { vcpu: index, source })?;
         let id = Arc::new(AtomicI32::new(0));
         let runner = Runner { index, vcpu, buses, control, trace };
-        let handle = thread::Builder::new()
-            .name(format!("vcpu{index}"))
-            .spawn({
-                let id = Arc::clone(&id);
-                move || {
-                    // SAFETY: always succeeds, and touches no memory.
-                    id.store(unsafe { libc::gettid() }, Ordering::Release);
-                    runner.run();
-                }
-            })
-            .map_err(|source| SpawnError::Thread { vcpu: index, source })?;
+        let handle = seccomp::spawn(confinement, Role::Vcpu, format!("vcpu{index}"), {
+            let id = Arc::clone(&id);
+            move || {
+                // SAFETY: always succeeds, and touches no memory.
+                id.store(unsafe { libc::gettid() }, Ordering::Release);
+                runner.run();
+            }
+        })
+        .map_err(|source| SpawnError::Thread { vcpu: index, source })?;
         Ok(Self { immediate_exit, id, handle: Mutex::new(Some(handle)) })
     }
 

@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use fuse_backend_rs::api::server::Server;
+use seccomp::Confinement;
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 
 use self::engine::{Engine, Serve};
@@ -114,7 +115,7 @@ pub struct Fs {
 
 impl Fs {
     /// Makes the device and opens the directory.
-    pub fn new(config: FsConfig) -> Result<Self, FsError> {
+    pub fn new(config: FsConfig, confinement: Confinement) -> Result<Self, FsError> {
         let mut tag = config.tag.clone().into_bytes();
         if tag.is_empty() || tag.len() > MAX_TAG || tag.contains(&0) {
             return Err(FsError::Tag(config.tag));
@@ -133,7 +134,7 @@ impl Fs {
             .map_err(|source| FsError::SharedDir { path: config.shared_dir, source })?;
         let share = Arc::new(share);
         let serve = engine::serve_with(Server::new(Arc::clone(&share)), posix_locks);
-        let pool = Arc::new(Pool::new(config.workers, &serve).map_err(FsError::Spawn)?);
+        let pool = Arc::new(Pool::new(config.workers, &serve, confinement).map_err(FsError::Spawn)?);
         tag.resize(MAX_TAG, 0);
         tag.extend(u32::from(config.num_request_queues).to_le_bytes());
         let queues = usize::from(config.num_request_queues).saturating_add(1);

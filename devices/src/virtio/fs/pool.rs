@@ -12,11 +12,12 @@
 use std::collections::VecDeque;
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::engine::{Serve, SharedChain};
+use seccomp::{Confinement, Role};
 
 /// Which requests wait for which.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,7 +79,7 @@ struct Work {
 
 impl Pool {
     /// Starts `threads` threads that answer requests with `serve`.
-    pub fn new(threads: u16, serve: &Serve) -> io::Result<Self> {
+    pub fn new(threads: u16, serve: &Serve, confinement: Confinement) -> io::Result<Self> {
         let threads = usize::from(threads);
         let shared = Arc::new(Shared {
             work: Mutex::default(),
@@ -90,8 +91,8 @@ impl Pool {
         let mut pool = Self { shared, threads: Vec::with_capacity(threads) };
         for index in 0..threads {
             let (shared, serve) = (Arc::clone(&pool.shared), Arc::clone(serve));
-            let thread = thread::Builder::new().name(format!("fs-{index}"));
-            pool.threads.push(thread.spawn(move || run(&shared, &serve))?);
+            let body = move || run(&shared, &serve);
+            pool.threads.push(seccomp::spawn(confinement, Role::Fs, format!("fs-{index}"), body)?);
         }
         Ok(pool)
     }

@@ -112,7 +112,7 @@ impl Client {
     }
 
     fn uninitialized(config: FsConfig) -> Self {
-        let fs = Fs::new(config).unwrap();
+        let fs = Fs::new(config, Confinement::On).unwrap();
         let control = fs.control();
         let running = Guest::new(Box::new(fs)).start(0);
         Self { running, control, unique: 0, uid: 0, gid: 0 }

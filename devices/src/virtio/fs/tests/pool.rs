@@ -42,7 +42,7 @@ fn held(workers: u16) -> (Box<Held>, Hand) {
         }
         1
     });
-    let pool = Arc::new(Pool::new(workers, &serve).unwrap());
+    let pool = Arc::new(Pool::new(workers, &serve, Confinement::On).unwrap());
     (Box::new(Held { serve, pool }), hand)
 }
 
@@ -192,7 +192,7 @@ fn threads_end_with_the_device() {
     }
     let guard = OnDrop(flag);
     let serve: Serve = Arc::new(move |_: &SharedChain| u32::from(guard.0.load(Ordering::SeqCst)));
-    let pool = Pool::new(MAX_WORKERS, &serve).unwrap();
+    let pool = Pool::new(MAX_WORKERS, &serve, Confinement::On).unwrap();
     drop(serve);
     assert!(!done.load(Ordering::SeqCst));
     drop(pool);

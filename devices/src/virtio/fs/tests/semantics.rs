@@ -22,7 +22,7 @@ fn mode(path: &Path) -> u32 {
 #[test]
 fn configuration_space_has_tag_and_queues() {
     let dir = tempfile::tempdir().unwrap();
-    let guest = Guest::new(Box::new(Fs::new(config(dir.path(), CachePolicy::Auto)).unwrap()));
+    let guest = Guest::new(Box::new(Fs::new(config(dir.path(), CachePolicy::Auto), Confinement::On).unwrap()));
     assert_eq!(guest.transport.device_type(), 26);
     assert_eq!(&guest.read_config::<8>(0), b"kataShar");
     assert_eq!(&guest.read_config::<8>(8), b"ed\0\0\0\0\0\0");
@@ -34,22 +34,22 @@ fn configurations_that_cannot_be() {
     let dir = tempfile::tempdir().unwrap();
     let good = config(dir.path(), CachePolicy::Auto);
     for tag in ["", "a\0b", &"x".repeat(37)] {
-        let bad = Fs::new(FsConfig { tag: tag.into(), ..good.clone() });
+        let bad = Fs::new(FsConfig { tag: tag.into(), ..good.clone() }, Confinement::On);
         assert!(matches!(bad, Err(FsError::Tag(_))), "{tag:?}");
     }
-    assert!(Fs::new(FsConfig { tag: "x".repeat(36), ..good.clone() }).is_ok());
+    assert!(Fs::new(FsConfig { tag: "x".repeat(36), ..good.clone() }, Confinement::On).is_ok());
     for num_request_queues in [0, 9] {
-        let bad = Fs::new(FsConfig { num_request_queues, ..good.clone() });
+        let bad = Fs::new(FsConfig { num_request_queues, ..good.clone() }, Confinement::On);
         assert!(matches!(bad, Err(FsError::RequestQueues(_))));
     }
     for queue_size in [0, 8, 17, 2048] {
-        let bad = Fs::new(FsConfig { queue_size, ..good.clone() });
+        let bad = Fs::new(FsConfig { queue_size, ..good.clone() }, Confinement::On);
         assert!(matches!(bad, Err(FsError::QueueSize(_))));
     }
     let file = dir.path().join("file");
     fs::write(&file, "").unwrap();
     for shared_dir in [dir.path().join("nowhere"), file] {
-        let bad = Fs::new(FsConfig { shared_dir, ..good.clone() });
+        let bad = Fs::new(FsConfig { shared_dir, ..good.clone() }, Confinement::On);
         assert!(matches!(bad, Err(FsError::SharedDir { .. })));
     }
 }

@@ -121,7 +121,7 @@ fn threads_and_queues_at_their_limits() {
     let make = |change: &dyn Fn(&mut FsConfig)| {
         let mut config = config(dir.path(), CachePolicy::Never);
         change(&mut config);
-        Fs::new(config).map(|fs| fs.queue_max_sizes().len())
+        Fs::new(config, Confinement::On).map(|fs| fs.queue_max_sizes().len())
     };
     assert_eq!(make(&|config| config.workers = MAX_WORKERS).unwrap(), 2);
     assert!(matches!(make(&|config| config.workers = MAX_WORKERS + 1), Err(FsError::Workers(17))));

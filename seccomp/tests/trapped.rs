@@ -1,0 +1,212 @@
+//! What no file allows ends the process, and says which call it was and whose. Each case runs in a process of its own:
+//! this test, started again for one case alone.
+
+use std::fs::File;
+use std::process::{Command, Output};
+
+use seccomp::{
+    Confinement, EXIT_CODE, Role, confine_process, confine_sandbox, drop_privileges, drop_privileges_but_mounts, spawn,
+};
+
+const CASE: &str = "SECCOMP_TEST_CASE";
+
+/// Runs `body` in a thread of `role` in a child process.
+fn in_child(test: &str, body: impl FnOnce()) -> Option<Output> {
+    if std::env::var(CASE).as_deref() == Ok(test) {
+        body();
+        println!("went on");
+        return None;
+    }
+    let program = std::env::current_exe().expect("own path");
+    let child = Command::new(program).args(["--exact", "--nocapture", test]).env(CASE, test).output();
+    Some(child.expect("child"))
+}
+
+fn in_role(role: Role, body: impl FnOnce() + Send + 'static) {
+    spawn(Confinement::On, role, "confined".to_owned(), body).expect("thread").join().expect("joined");
+}
+
+#[track_caller]
+fn is_named(output: Option<Output>, words: &str) {
+    let Some(output) = output else { return };
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(EXIT_CODE), "{output:?}");
+    assert!(told.contains(&format!("seccomp: the thread role {words}")), "{told}");
+    assert!(!String::from_utf8_lossy(&output.stdout).contains("went on"));
+}
+
+#[track_caller]
+fn goes_on(output: Option<Output>) {
+    let Some(output) = output else { return };
+    assert!(output.status.success(), "{output:?}");
+    assert!(String::from_utf8_lossy(&output.stdout).contains("went on"), "{output:?}");
+}
+
+fn call(number: libc::c_long, arguments: [libc::c_long; 3]) {
+    let [first, second, third] = arguments;
+    // SAFETY: the calls that the tests make are refused before they read any memory.
+    let _ = unsafe { libc::syscall(number, first, second, third) };
+}
+
+#[test]
+fn a_processor_starts_no_program() {
+    let body = || in_role(Role::Vcpu, || call(libc::SYS_execve, [0x10, 0x20, 0]));
+    is_named(in_child("a_processor_starts_no_program", body), "vcpu may not call execve(0x10, 0x20, 0x0");
+}
+
+#[test]
+fn a_device_loop_opens_no_file() {
+    let body = || in_role(Role::Io, || drop(File::open("/etc/hostname")));
+    is_named(in_child("a_device_loop_opens_no_file", body), "io may not call openat(");
+}
+
+#[test]
+fn a_file_system_server_makes_no_socket() {
+    let body = || in_role(Role::Fs, || call(libc::SYS_socket, [1, 1, 0]));
+    is_named(in_child("a_file_system_server_makes_no_socket", body), "fs may not call socket(0x1, 0x1, 0x0");
+}
+
+#[test]
+fn a_service_thread_traces_nobody() {
+    let body = || in_role(Role::Api, || call(libc::SYS_ptrace, [0, 1, 0]));
+    is_named(in_child("a_service_thread_traces_nobody", body), "api may not call ptrace(0x0, 0x1");
+}
+
+#[test]
+fn only_the_guest_is_a_processors_ioctl() {
+    const KVM_CREATE_VM: libc::c_long = 0xae01;
+    let body = || in_role(Role::Vcpu, || call(libc::SYS_ioctl, [-1, KVM_CREATE_VM, 0]));
+    is_named(
+        in_child("only_the_guest_is_a_processors_ioctl", body),
+        "vcpu may not call ioctl(0xffffffffffffffff, 0xae01",
+    );
+}
+
+#[test]
+fn no_memory_becomes_executable() {
+    let protection = i64::from(libc::PROT_READ | libc::PROT_EXEC);
+    let body = move || in_role(Role::Io, move || call(libc::SYS_mprotect, [0, 4096, protection]));
+    is_named(in_child("no_memory_becomes_executable", body), "io may not call mprotect(0x0, 0x1000, 0x5");
+}
+
+#[test]
+fn a_socket_is_of_this_host() {
+    let body = || in_role(Role::Io, || call(libc::SYS_socket, [i64::from(libc::AF_INET), 1, 0]));
+    is_named(in_child("a_socket_is_of_this_host", body), "io may not call socket(0x2");
+}
+
+#[test]
+fn a_new_process_is_no_thread() {
+    let body = || in_role(Role::Vcpu, || call(libc::SYS_clone, [i64::from(libc::SIGCHLD), 0, 0]));
+    is_named(in_child("a_new_process_is_no_thread", body), "vcpu may not call clone(0x11");
+}
+
+#[test]
+fn a_thread_may_start_a_thread() {
+    // With the C library's own call for that, which a filter cannot look into.
+    let body = || {
+        in_role(Role::Io, || std::thread::spawn(|| drop(Box::new(1))).join().expect("joined"));
+        in_role(Role::Vcpu, || {
+            call(libc::SYS_clone3, [0, 0, 0]);
+            assert_eq!(std::io::Error::last_os_error().raw_os_error(), Some(libc::ENOSYS));
+        });
+    };
+    goes_on(in_child("a_thread_may_start_a_thread", body));
+}
+
+#[test]
+fn the_process_mounts_nothing_in_any_thread() {
+    let body = || {
+        let (go, wait) = std::sync::mpsc::channel::<()>();
+        let early = std::thread::spawn(move || {
+            wait.recv().expect("told");
+            call(libc::SYS_mount, [0, 0, 0]);
+        });
+        confine_process(Confinement::On).expect("confined");
+        go.send(()).expect("heard");
+        drop(early.join());
+    };
+    is_named(in_child("the_process_mounts_nothing_in_any_thread", body), "ceiling may not call mount(");
+}
+
+#[test]
+fn a_role_fits_under_the_ceiling() {
+    let body = || {
+        drop_privileges().expect("dropped");
+        confine_process(Confinement::On).expect("confined");
+        for role in [Role::Api, Role::Io, Role::Vcpu, Role::Fs] {
+            in_role(role, || drop(vec![0; 1 << 20]));
+        }
+    };
+    goes_on(in_child("a_role_fits_under_the_ceiling", body));
+}
+
+#[test]
+fn the_ceiling_comes_before_the_roles() {
+    let body = || {
+        let (go, wait) = std::sync::mpsc::channel::<()>();
+        let thread = spawn(Confinement::On, Role::Io, "io".to_owned(), move || {
+            let _ = wait.recv();
+        })
+        .expect("thread");
+        let error = confine_process(Confinement::On).expect_err("too late");
+        assert!(error.to_string().contains("which has a filter of its own"), "{error}");
+        drop(go);
+        thread.join().expect("joined");
+    };
+    goes_on(in_child("the_ceiling_comes_before_the_roles", body));
+}
+
+#[test]
+fn a_processor_has_no_capabilities_and_gains_none() {
+    let body = || {
+        let (tell, told) = std::sync::mpsc::channel();
+        let (go, wait) = std::sync::mpsc::channel::<()>();
+        let thread = spawn(Confinement::On, Role::Vcpu, "vcpu".to_owned(), move || {
+            // SAFETY: a plain call without memory.
+            let _ = tell.send(unsafe { libc::gettid() });
+            let _ = wait.recv();
+        })
+        .expect("thread");
+        let path = format!("/proc/self/task/{}/status", told.recv().expect("told"));
+        let status = std::fs::read_to_string(path).expect("status");
+        for line in ["CapPrm:\t0000000000000000", "CapEff:\t0000000000000000", "NoNewPrivs:\t1", "Seccomp:\t2"] {
+            assert!(status.contains(line), "{line} in {status}");
+        }
+        drop(go);
+        thread.join().expect("joined");
+    };
+    goes_on(in_child("a_processor_has_no_capabilities_and_gains_none", body));
+}
+
+#[test]
+fn without_confinement_a_thread_is_like_any_other() {
+    let body = || {
+        let thread =
+            spawn(Confinement::Off, Role::Vcpu, "vcpu".to_owned(), || drop(File::open("/etc/passwd").expect("open")));
+        thread.expect("thread").join().expect("joined");
+    };
+    goes_on(in_child("without_confinement_a_thread_is_like_any_other", body));
+}
+
+#[test]
+fn a_sandboxs_process_starts_programs_and_is_refused_the_rest() {
+    let body = || {
+        drop_privileges_but_mounts().expect("dropped");
+        if let Err(error) = confine_sandbox(Confinement::On) {
+            assert!(error.to_string().contains("sandbox"), "{error}");
+            println!("skipped: the sandbox's filter needs CAP_SYS_ADMIN");
+            return;
+        }
+        assert!(Command::new("/bin/true").status().expect("started").success());
+        in_role(Role::Vcpu, || drop(vec![0; 1 << 20]));
+        call(libc::SYS_ptrace, [0, 1, 0]);
+        assert_eq!(std::io::Error::last_os_error().raw_os_error(), Some(libc::EPERM));
+        let status = std::fs::read_to_string("/proc/thread-self/status").expect("status");
+        let kept = status.lines().find_map(|line| line.strip_prefix("CapEff:\t")).expect("line");
+        // CAP_SYS_MODULE is bit 16, CAP_SYS_PTRACE 19, CAP_SYS_BOOT 22 (linux/capability.h).
+        let gone = 1 << 16 | 1 << 19 | 1 << 22;
+        assert_eq!(u64::from_str_radix(kept, 16).expect("hexadecimal") & gone, 0, "{kept}");
+    };
+    goes_on(in_child("a_sandboxs_process_starts_programs_and_is_refused_the_rest", body));
+}
