@@ -1,5 +1,7 @@
 //! The process as a whole.
 
+use std::sync::{Mutex, PoisonError};
+
 use crate::{ConfineError, Confinement, filter, privileges, trap};
 
 /// Gives up what a process that serves a guest does not need: gaining privileges, and all capabilities but those for
@@ -17,13 +19,18 @@ pub fn drop_privileges_but_mounts() -> Result<(), ConfineError> {
 
 /// Refuses what no sandbox needs to all threads that there are and will be, and to the programs that they start. For a
 /// process that mounts and starts programs: the ceiling would end those. Must come before the first
-/// [`spawn`](crate::spawn). Needs `CAP_SYS_ADMIN`.
+/// [`spawn`](crate::spawn). Needs `CAP_SYS_ADMIN`. A second call, as after a start that failed, does nothing.
 pub fn confine_sandbox(confinement: Confinement) -> Result<(), ConfineError> {
+    static CONFINED: Mutex<bool> = Mutex::new(false);
     if confinement == Confinement::Off {
-        confinement.announce();
         return Ok(());
     }
-    filter::install_sandbox()
+    let mut confined = CONFINED.lock().unwrap_or_else(PoisonError::into_inner);
+    if !*confined {
+        filter::install_sandbox()?;
+        *confined = true;
+    }
+    Ok(())
 }
 
 /// Puts the ceiling over all threads that there are and will be. Must come before the first [`spawn`](crate::spawn):

@@ -7,6 +7,7 @@
 use std::fmt::{self, Write as _};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
@@ -46,6 +47,10 @@ pub fn set_level(level: LevelFilter) {
 pub fn init(bundle: Option<&Path>, level: LevelFilter) {
     let open = |path| OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(path).ok();
     let fifo = bundle.and_then(|bundle| open(bundle.join(FIFO)));
+    if let Some(fifo) = &fifo {
+        // The subscriber keeps it open as long as the process lives.
+        seccomp::report_to(fifo.as_raw_fd());
+    }
     let (filter, handle) = reload::Layer::new(level);
     let lines = tracing_subscriber::fmt::layer().event_format(Logfmt).with_writer(Output(fifo.map(Arc::new)));
     if tracing::subscriber::set_global_default(tracing_subscriber::registry().with(filter).with(lines)).is_ok() {

@@ -35,6 +35,9 @@ pub enum ServeError {
     /// The socket was not handed over.
     #[error("Descriptor {LISTENER_FD} is not the listening socket that `start` hands over")]
     Listener(#[source] io::Error),
+    /// Capabilities that no sandbox needs.
+    #[error("Cannot confine the serving process")]
+    Confine(#[from] seccomp::ConfineError),
     /// The runtime, or a signal handler.
     #[error("Cannot set up the serving process")]
     Runtime(#[source] io::Error),
@@ -58,6 +61,8 @@ fn serve(flags: &Flags) -> Result<(), ServeError> {
     let id = Id::try_from(flags.id.as_str())?;
     log::set_sandbox(&id);
     raise_file_limit();
+    // Before the runtime has threads: each has capabilities of its own.
+    seccomp::drop_privileges_but_mounts()?;
     let listener = inherited_listener()?;
     let run_dir = RunDir::from_environment();
     let socket = run_dir.socket(&flags.address, &flags.namespace, &id);

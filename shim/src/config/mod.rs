@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use tracing_subscriber::filter::LevelFilter;
+use vmm::Confinement;
 
 use section::Section;
 
@@ -88,6 +89,8 @@ pub struct Runtime {
     pub log_level: LevelFilter,
     /// The OCI seccomp profile is not applied in the guest: `disable_guest_seccomp`.
     pub disable_guest_seccomp: bool,
+    /// Whether the shim's process and the machine's threads are confined; off with `disable_seccomp`.
+    pub confinement: Confinement,
     /// File to which each start appends its times T0..T6 as one JSON line: `trace_file`.
     pub trace_file: Option<PathBuf>,
 }
@@ -160,7 +163,12 @@ impl Default for Config {
                 debug: false,
                 debug_console: false,
             },
-            runtime: Runtime { log_level: LevelFilter::INFO, disable_guest_seccomp: false, trace_file: None },
+            runtime: Runtime {
+                log_level: LevelFilter::INFO,
+                disable_guest_seccomp: false,
+                confinement: Confinement::On,
+                trace_file: None,
+            },
         }
     }
 }
@@ -274,6 +282,9 @@ impl Runtime {
             self.log_level = self.log_level.max(LevelFilter::DEBUG);
         }
         section.flag("disable_guest_seccomp", &mut self.disable_guest_seccomp)?;
+        let mut unconfined = self.confinement == Confinement::Off;
+        section.flag("disable_seccomp", &mut unconfined)?;
+        self.confinement = if unconfined { Confinement::Off } else { Confinement::On };
         if let Some(path) = section.text("trace_file")?.filter(|path| !path.is_empty()) {
             self.trace_file = Some(path.into());
         }

@@ -118,7 +118,7 @@ pub const AGENT: Keys = Keys {
 
 /// `[runtime]`.
 pub const RUNTIME: Keys = Keys {
-    used: &["enable_debug", "log_level", "disable_guest_seccomp", "trace_file"],
+    used: &["enable_debug", "log_level", "disable_guest_seccomp", "disable_seccomp", "trace_file"],
     idle: &[
         "name",
         "hypervisor_name",

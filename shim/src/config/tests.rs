@@ -44,6 +44,7 @@ fn a_file_of_our_own_sets_everything() {
         [runtime]
         log_level = "warn"
         disable_guest_seccomp = true
+        disable_seccomp = true
         trace_file = "/run/inlay/trace.jsonl"
         "#,
     );
@@ -57,6 +58,7 @@ fn a_file_of_our_own_sets_everything() {
     assert_eq!(config.agent.boot_deadline, Duration::from_secs(4));
     assert_eq!(config.agent.create_deadline, Duration::from_secs(9));
     assert!(config.agent.debug && config.agent.debug_console && config.runtime.disable_guest_seccomp);
+    assert_eq!(config.runtime.confinement, vmm::Confinement::Off);
     assert_eq!(config.runtime.log_level, LevelFilter::WARN);
     assert_eq!(config.runtime.trace_file.as_deref(), Some(Path::new("/run/inlay/trace.jsonl")));
 }

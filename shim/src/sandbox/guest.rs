@@ -200,6 +200,7 @@ fn machine_config(sandbox: &Id, config: &Config, shared: &Path, socket: &Path) -
     let uds_path = config.agent.debug_console.then(|| socket.to_owned());
     machine.vsock = Some(VsockConfig { guest_cid: GUEST_CID, uds_path });
     machine.rng = Some(RngConfig);
+    machine.confinement = config.runtime.confinement;
     machine
 }
 

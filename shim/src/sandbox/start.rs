@@ -60,6 +60,9 @@ pub enum StartError {
     /// The shared directory.
     #[error("Cannot make the sandbox's shared directory")]
     Share(#[source] ResourceError),
+    /// The process.
+    #[error("Cannot confine the sandbox's process")]
+    Confine(#[from] seccomp::ConfineError),
     /// The machine and the guest in it.
     #[error("Cannot boot the sandbox's guest")]
     Boot(#[from] BootError),
@@ -87,6 +90,7 @@ impl Sandbox {
         let share = Share::create(dir.path()).map_err(StartError::Share)?;
         let resources = Resources { share, _placement: placement, dir };
 
+        seccomp::confine_sandbox(config.runtime.confinement)?;
         let guest =
             Guest::boot(&request.id, &config, resources.share.exported(), &resources.dir.vsock_socket()).await?;
         let sandbox_request = sandbox_request(&request.id, request.hostname);
