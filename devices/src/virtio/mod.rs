@@ -14,6 +14,7 @@ pub mod device;
 pub mod fs;
 pub mod interrupt;
 pub mod mem;
+pub mod kernel_vhost;
 pub mod mmio;
 #[cfg(test)]
 mod moving;

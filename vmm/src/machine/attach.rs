@@ -18,8 +18,8 @@ use devices::virtio::console::{Console, ConsoleConfig, ConsoleError};
 use devices::virtio::fs::{Fs, FsConfig, FsError, ShareControl};
 use devices::virtio::mem::{Mem, MemConfig, MemError, MemHandle};
 use devices::virtio::mmio::QUEUE_NOTIFY;
-use devices::virtio::net::{Net, NetConfig};
 use devices::virtio::pmem::{Pmem, PmemConfig};
+use devices::virtio::net::{Net, NetConfig, NetError};
 use devices::virtio::rng::Rng;
 use devices::virtio::vhost_user::{VhostUser, VhostUserConfig, VhostUserError};
 use devices::virtio::vsock::{Connector, Vsock, VsockConfig, VsockError};
@@ -68,6 +68,9 @@ pub enum AttachError {
     /// A backend that is not there, or of no use.
     #[error(transparent)]
     VhostUser(#[from] VhostUserError),
+    /// A network interface that cannot be made.
+    #[error(transparent)]
+    Net(#[from] NetError),
     /// A vsock device that cannot be made.
     #[error(transparent)]
     Vsock(#[from] VsockError),
@@ -150,7 +153,7 @@ impl<'a> VirtioSlots<'a> {
     }
 
     pub(super) fn net(&mut self, config: NetConfig) -> Result<(), AttachError> {
-        self.attach(Box::new(Net::new(config)), Role::Io)
+        self.attach(Box::new(Net::new(config)?), Role::Io)
     }
 
     pub(super) fn vhost_user(&mut self, config: VhostUserConfig) -> Result<(), AttachError> {

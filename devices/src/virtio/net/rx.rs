@@ -8,20 +8,14 @@ use std::sync::Arc;
 use tracing::warn;
 use virtio_queue::Queue;
 
-use super::HEADER_SIZE;
+use super::shared::Shared;
 use super::tap::Tap;
+use super::{FRAMES_PER_WAKE_UP, HEADER_SIZE, admit};
 use crate::virtio::queue::{Chain, GuestBuffers, QueueError, VirtQueue};
-
-/// Frames that one wake-up may deliver; the rest waits until other devices had their turn.
-const FRAMES_PER_WAKE_UP: u32 = 64;
+use crate::virtio::rate_limiter::RateLimiter;
 
 /// Position of `num_buffers` in the header (section 5.1.6).
 const NUM_BUFFERS: u32 = 10;
-
-/// A frame with its header: of plain Ethernet with a VLAN tag, and of the largest segment that the
-/// host hands over to a guest with offloads.
-const MAX_PLAIN_FRAME: u32 = HEADER_SIZE + 1518;
-const MAX_OFFLOADED_FRAME: u32 = HEADER_SIZE + 18 + 65535;
 
 /// Why a round of receiving ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,6 +26,8 @@ pub enum Received {
     NoBuffers,
     /// There may be more of both.
     BudgetSpent,
+    /// The rate limit is reached; the limiter's timer tells when to go on.
+    Limited,
     /// The interface does not work any more.
     Broken,
 }
@@ -40,6 +36,7 @@ pub enum Received {
 pub struct Receiver {
     queue: VirtQueue,
     tap: Arc<Tap>,
+    shared: Arc<Shared>,
     /// Buffers that the guest has given and no frame has filled yet, oldest first. Each has room
     /// for a header; together they are bounded by the queue's size.
     pending: VecDeque<Chain>,
@@ -48,18 +45,29 @@ pub struct Receiver {
     /// Whether a frame may be spread over several buffers.
     merge: bool,
     max_frame: u32,
+    /// Length of a frame that is in the buffers already and has to wait for the rate limit.
+    held: Option<u32>,
 }
 
 impl Receiver {
-    /// A receiver that has not looked at its queue.
-    pub fn new(queue: VirtQueue, tap: Arc<Tap>, merge: bool, offloads: bool) -> Self {
-        let max_frame = if offloads { MAX_OFFLOADED_FRAME } else { MAX_PLAIN_FRAME };
-        Self { queue, tap, pending: VecDeque::new(), room: 0, merge, max_frame }
+    /// A receiver that has not looked at its queue, for frames of up to `max_frame` bytes with
+    /// their headers.
+    pub fn new(queue: VirtQueue, tap: Arc<Tap>, shared: Arc<Shared>, merge: bool, max_frame: u32) -> Self {
+        Self { queue, tap, shared, pending: VecDeque::new(), room: 0, merge, max_frame, held: None }
     }
 
     /// The queue's notifications and interrupts.
     pub fn queue(&mut self) -> &mut VirtQueue {
         &mut self.queue
+    }
+
+    /// Delivers a frame that waits for the rate limit: it is not the host's any more. Returns
+    /// whether the driver wants an interrupt.
+    pub fn finish(&mut self) -> Result<bool, QueueError> {
+        if let Some(len) = self.held.take() {
+            self.deliver(len)?;
+        }
+        self.queue.needs_notification()
     }
 
     /// Gives the queue back with the buffers that no frame has filled.
@@ -69,23 +77,30 @@ impl Receiver {
     }
 
     /// Delivers frames while there are frames and buffers.
-    pub fn receive(&mut self) -> Result<Received, QueueError> {
+    pub fn receive(&mut self, limiter: &mut Option<RateLimiter>) -> Result<Received, QueueError> {
         self.queue.disable_notification()?;
         for _ in 0..FRAMES_PER_WAKE_UP {
-            if !self.find_room()? {
-                return Ok(Received::NoBuffers);
-            }
-            let read = self.host_buffers()?.read_from(self.tap.as_fd());
-            match read {
-                Ok(len) => self.deliver(u32::try_from(len).unwrap_or(u32::MAX))?,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    return Ok(Received::Drained);
+            if self.held.is_none() {
+                if !self.find_room()? {
+                    return Ok(Received::NoBuffers);
                 }
-                Err(error) => {
-                    warn!(%error, "The tap interface gives no frames any more");
-                    return Ok(Received::Broken);
+                let read = self.host_buffers()?.read_from(self.tap.as_fd());
+                match read {
+                    Ok(len) => self.held = self.whole(len),
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Received::Drained),
+                    Err(error) => {
+                        warn!(%error, "The tap interface gives no frames any more");
+                        return Ok(Received::Broken);
+                    }
                 }
             }
+            let Some(len) = self.held else { continue };
+            if !admit(limiter, len) {
+                return Ok(Received::Limited);
+            }
+            self.held = None;
+            self.deliver(len)?;
+            self.shared.counters.received.add_one();
         }
         Ok(Received::BudgetSpent)
     }
@@ -121,16 +136,23 @@ impl Receiver {
         Ok(buffers)
     }
 
-    /// Gives the buffers that a frame of `len` bytes has filled back to the guest.
-    fn deliver(&mut self, len: u32) -> Result<(), QueueError> {
+    /// The length of a frame of which `len` bytes were read, if that is all of it.
+    fn whole(&self, len: usize) -> Option<u32> {
+        let len = u32::try_from(len).unwrap_or(u32::MAX);
         let offered =
             if self.merge { self.room } else { self.pending.front().map_or(0, |chain| chain.writable().len().into()) };
         // The kernel cuts a frame to what fits without a word. A frame that fills buffers which
         // are too small for the largest one is taken for cut and dropped; its buffers stay.
         let cut = u64::from(len) >= offered && offered < u64::from(self.max_frame);
         if cut || len < HEADER_SIZE {
-            return Ok(());
+            self.shared.counters.receive_dropped.add_one();
+            return None;
         }
+        Some(len)
+    }
+
+    /// Gives the buffers that a frame of `len` bytes has filled back to the guest.
+    fn deliver(&mut self, len: u32) -> Result<(), QueueError> {
         let mut filled = Vec::new();
         let mut left = len;
         while left > 0 {

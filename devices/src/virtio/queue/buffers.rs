@@ -56,6 +56,19 @@ impl<'m> GuestBuffers<'m> {
         })
     }
 
+    /// Writes `head` and then the buffers to `sink` once, as one packet: for a beginning that was
+    /// checked and must not change any more.
+    pub fn write_behind(&self, head: &[u8], sink: BorrowedFd<'_>) -> io::Result<usize> {
+        let first = libc::iovec { iov_base: head.as_ptr().cast_mut().cast(), iov_len: head.len() };
+        let vectors: Vec<libc::iovec> = std::iter::once(first).chain(self.vectors.iter().copied()).collect();
+        let (vectors, count) = first_call(&vectors);
+        retry(|| {
+            // SAFETY: the first vector is the live slice `head`, which writing to a file only
+            // reads; the others are as in `read_from`.
+            unsafe { libc::writev(sink.as_raw_fd(), vectors, count) }
+        })
+    }
+
     /// Fills the buffers from `file`, starting at byte `offset`.
     pub fn read_exact_at(self, file: BorrowedFd<'_>, offset: u64) -> io::Result<()> {
         self.transfer(offset, io::ErrorKind::UnexpectedEof, |vectors, count, offset| {

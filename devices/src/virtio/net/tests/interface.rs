@@ -7,7 +7,7 @@ use std::thread;
 use std::time::Duration;
 
 use crate::testkit::{Buffer, Guest, Running, eventually};
-use crate::virtio::net::{Net, NetConfig, Tap, TapError};
+use crate::virtio::net::{MAX_MTU, MAX_QUEUE_PAIRS, MIN_MTU, Net, NetConfig, NetError, Tap, TapError};
 
 const NAME: &str = "inlaytest0";
 const MAC: [u8; 6] = [0x02, 0, 0, 0, 0, 1];
@@ -108,7 +108,7 @@ fn frames_cross_a_real_interface_in_both_directions() {
     in_namespace(|| {
         let tap = Tap::open(NAME).unwrap();
         let socket = packet_socket();
-        let net = Net::new(NetConfig { id: "eth0".into(), tap, mac: MAC });
+        let net = Net::new(NetConfig::new("eth0", vec![tap], MAC)).unwrap();
         let mut guest = Guest::new(Box::new(net));
         assert_eq!(guest.read(8), 1);
         for (offset, byte) in (0..).zip(MAC) {
@@ -128,7 +128,7 @@ fn frames_cross_a_real_interface_in_both_directions() {
 fn an_offload_without_checksums_is_not_passed_on() {
     in_namespace(|| {
         let tap = Tap::open(NAME).unwrap();
-        let net = Net::new(NetConfig { id: "eth0".into(), tap, mac: MAC });
+        let net = Net::new(NetConfig::new("eth0", vec![tap], MAC)).unwrap();
         Guest::new(Box::new(net)).start(1 << GUEST_TSO4);
     });
 }
@@ -138,7 +138,7 @@ fn an_interface_that_goes_away_does_not_keep_the_loop_busy() {
     in_namespace(|| {
         let tap = Tap::open(NAME).unwrap();
         let _socket = packet_socket();
-        let net = Net::new(NetConfig { id: "eth0".into(), tap, mac: MAC });
+        let net = Net::new(NetConfig::new("eth0", vec![tap], MAC)).unwrap();
         let mut running = Guest::new(Box::new(net)).start(0);
         for _ in 0..8 {
             running.rings[0].offer(&[Buffer::writable(DATA, 2048)]);
@@ -175,5 +175,196 @@ fn interface_names_have_1_to_15_bytes() {
     }
     in_namespace(|| {
         Tap::open("fifteen-bytes-x").unwrap();
+    });
+}
+
+/// Headers whose numbers contradict each other, the frame or the features: the host drops what it
+/// does not believe, and goes on.
+#[test]
+fn headers_that_lie_about_offloads_and_lengths() {
+    in_namespace(|| {
+        let tap = Tap::open(NAME).unwrap();
+        let socket = packet_socket();
+        let net = Net::new(NetConfig::new("eth0", vec![tap], MAC)).unwrap();
+        let mut running = Guest::new(Box::new(net)).start(0);
+        let sent = frame(0x11);
+        // Flags, type of segmentation, then little-endian: length of headers, of a segment,
+        // where checksums start and where they go.
+        let numbers = [0_u16, 1, 13, 64, 65, 1500, u16::MAX];
+        for flags in [0_u8, 1, 2, 0xff] {
+            for gso in [0_u8, 1, 3, 4, 5, 0x80, 0xff] {
+                for (hdr_len, gso_size) in [(0, 0), (u16::MAX, 1), (64, 0), (54, 1460), (1, u16::MAX)] {
+                    for start in numbers {
+                        let mut header = vec![flags, gso];
+                        for number in [hdr_len, gso_size, start, numbers[usize::from(start % 7)], 0] {
+                            header.extend(number.to_le_bytes());
+                        }
+                        running.guest.poke(DATA, &[header.as_slice(), &sent].concat());
+                        running.rings[1].offer(&[Buffer::readable(DATA, 12 + sent.len() as u32)]);
+                        running.guest.kick(1);
+                        assert_eq!(running.wait_used(1, 1).len(), 1);
+                    }
+                }
+            }
+        }
+        drain(&socket);
+        exchange(&mut running, &socket);
+    });
+}
+
+fn drain(socket: &OwnedFd) {
+    let mut seen = [0_u8; 2000];
+    // SAFETY: `seen` is as long as the call is told.
+    while unsafe { libc::recv(socket.as_raw_fd(), seen.as_mut_ptr().cast(), seen.len(), 0) } >= 0 {}
+}
+
+#[test]
+fn frames_after_a_reset_wait_for_the_next_driver() {
+    in_namespace(|| {
+        let tap = Tap::open(NAME).unwrap();
+        let socket = packet_socket();
+        let net = Net::new(NetConfig::new("eth0", vec![tap], MAC)).unwrap();
+        let mut running = Guest::new(Box::new(net)).start(0);
+        exchange(&mut running, &socket);
+        running.rings[0].offer(&[Buffer::writable(DATA + 0x8000, 0x1000)]);
+        running.guest.kick(0);
+        running.guest.event_loop.settle();
+        let guest = running.guest;
+        guest.set_status(0);
+        let untouched = guest.peek(DATA + 0x8000, 0x1000);
+        let late = frame(0x77);
+        // SAFETY: `late` is as long as the call is told.
+        unsafe { libc::send(socket.as_raw_fd(), late.as_ptr().cast(), late.len(), 0) };
+        guest.event_loop.settle();
+        assert_eq!(guest.peek(DATA + 0x8000, 0x1000), untouched);
+        exchange(&mut guest.start(0), &socket);
+    });
+}
+
+#[test]
+fn several_queues_by_name_and_by_descriptor() {
+    const MQ: u32 = 22;
+    const CTRL_VQ: u32 = 17;
+    in_namespace(|| {
+        let by_name = Tap::open_queues(NAME, 3).unwrap();
+        let descriptors: Vec<_> = by_name.iter().map(|tap| tap.as_fd().try_clone_to_owned().unwrap()).collect();
+        drop(by_name);
+        let taps: Vec<_> = descriptors.into_iter().map(|fd| Tap::from_fd(fd).unwrap()).collect();
+        let socket = packet_socket();
+        let net = Net::new(NetConfig::new("eth0", taps, MAC)).unwrap();
+        let control = net.control();
+        let guest = Guest::new(Box::new(net));
+        assert_eq!(u16::from_le_bytes(guest.read_config(8)), 3);
+        let mut running = guest.start(1 << MQ | 1 << CTRL_VQ);
+        assert_eq!(running.rings.len(), 7);
+        exchange(&mut running, &socket);
+        for pairs in [3_u8, 1, 2] {
+            running.guest.poke(DATA, &[4, 0, pairs, 0]);
+            running.rings[6].offer(&[Buffer::readable(DATA, 4), Buffer::writable(DATA + 8, 1)]);
+            running.guest.kick(6);
+            running.wait_used(6, 1);
+            assert_eq!(running.guest.peek(DATA + 8, 1), [0]);
+            assert_eq!(control.queue_pairs(), u16::from(pairs));
+            // Whatever queue the host chooses, it is one that is served.
+            let before = control.counters().received;
+            for ring in [0, 2, 4] {
+                for _ in 0..8 {
+                    running.rings[ring].offer(&[Buffer::writable(DATA, 0x1_1000)]);
+                }
+                running.guest.kick(ring as u32);
+            }
+            let sent = frame(pairs);
+            for _ in 0..4 {
+                // SAFETY: `sent` is as long as the call is told.
+                unsafe { libc::send(socket.as_raw_fd(), sent.as_ptr().cast(), sent.len(), 0) };
+            }
+            eventually("Frames", || control.counters().received >= before + 4);
+        }
+        // A driver that knows one pair only has its control queue right behind it.
+        let guest = running.guest;
+        guest.set_status(0);
+        assert_eq!(control.queue_pairs(), 1);
+        let mut running = guest.start(1 << CTRL_VQ);
+        running.guest.poke(DATA, &[9, 9]);
+        running.rings[2].offer(&[Buffer::readable(DATA, 2), Buffer::writable(DATA + 8, 1)]);
+        running.guest.kick(2);
+        assert_eq!(running.wait_used(2, 1), [(0, 1)]);
+    });
+}
+
+#[test]
+fn configurations_that_make_no_device() {
+    in_namespace(|| {
+        let taps = |name: &str, count| Tap::open_queues(name, count).unwrap();
+        let mtu = |mtu| {
+            let config = NetConfig { mtu: Some(mtu), ..NetConfig::new("eth0", taps("inlaytest1", 1), MAC) };
+            Net::new(config).map(|net| Guest::new(Box::new(net)).read_config::<2>(10))
+        };
+        assert!(matches!(mtu(MIN_MTU - 1), Err(NetError::Mtu { mtu: 67, .. })));
+        assert_eq!(mtu(MIN_MTU).unwrap(), [68, 0]);
+        assert_eq!(mtu(MAX_MTU).unwrap(), MAX_MTU.to_le_bytes());
+        assert!(matches!(mtu(MAX_MTU + 1), Err(NetError::Mtu { .. })));
+
+        let new = |taps, mac| Net::new(NetConfig::new("eth0", taps, mac)).map(drop);
+        assert!(matches!(new(vec![], MAC), Err(NetError::Pairs { count: 0, .. })));
+        assert!(matches!(new(taps("a", MAX_QUEUE_PAIRS + 1), MAC), Err(NetError::Pairs { count: 17, .. })));
+        new(taps("b", MAX_QUEUE_PAIRS), MAC).unwrap();
+        assert!(matches!(new(taps("c", 1), [1, 0, 0, 0, 0, 0]), Err(NetError::Mac { .. })));
+        assert!(matches!(new(taps("c", 1), [0; 6]), Err(NetError::Mac { .. })));
+        let two = vec![Tap::open("d").unwrap(), Tap::open("e").unwrap()];
+        assert!(matches!(new(two, MAC), Err(NetError::SingleQueue { .. })));
+    });
+}
+
+#[test]
+fn offered_features_follow_the_configuration() {
+    const MTU: u64 = 1 << 3;
+    const MQ: u64 = 1 << 22;
+    const CTRL_MAC_ADDR: u64 = 1 << 23;
+    in_namespace(|| {
+        let offered = |count, mtu, anti_spoof| {
+            let taps = Tap::open_queues(NAME, count).unwrap();
+            let net = Net::new(NetConfig { mtu, anti_spoof, ..NetConfig::new("eth0", taps, MAC) }).unwrap();
+            Guest::new(Box::new(net)).offered_features() & (MTU | MQ | CTRL_MAC_ADDR)
+        };
+        assert_eq!(offered(1, None, false), CTRL_MAC_ADDR);
+        assert_eq!(offered(1, Some(1500), true), MTU);
+        assert_eq!(offered(2, None, true), MQ);
+    });
+}
+
+#[test]
+fn an_address_and_a_number_of_pairs_survive_a_move() {
+    in_namespace(|| {
+        let device = |name| {
+            let taps = Tap::open_queues(name, 2).unwrap();
+            let net = Net::new(NetConfig::new("eth0", taps, MAC)).unwrap();
+            (net.control(), Box::new(net))
+        };
+        let (control, net) = device("inlaytest1");
+        let mut running = Guest::new(net).start(1 << 17 | 1 << 21 | 1 << 22 | 1 << 23);
+        let mac = [0x02, 9, 8, 7, 6, 5];
+        for command in [[&[1, 1], mac.as_slice()].concat(), vec![4, 0, 2, 0]] {
+            running.guest.poke(DATA, &command);
+            running.rings[4].offer(&[Buffer::readable(DATA, command.len() as u32), Buffer::writable(DATA + 64, 1)]);
+            running.guest.kick(4);
+            running.wait_used(4, 1);
+        }
+        assert_eq!((control.mac(), control.queue_pairs()), (mac, 2));
+        for _ in 0..8 {
+            running.rings[0].offer(&[Buffer::writable(DATA, 0x1000)]);
+        }
+        running.guest.kick(0);
+        running.guest.event_loop.settle();
+
+        let (control, net) = device(NAME);
+        let socket = packet_socket();
+        let mut running = running.move_to(net);
+        assert_eq!((control.mac(), control.queue_pairs(), control.status()), (mac, 2, 3));
+        running.guest.wait_interrupt(2);
+        exchange(&mut running, &socket);
+        // A reset forgets what the driver has chosen.
+        running.guest.set_status(0);
+        assert_eq!((control.mac(), control.queue_pairs()), (MAC, 1));
     });
 }
