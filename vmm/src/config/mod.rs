@@ -13,10 +13,11 @@ pub use devices::virtio::blk::BlkConfig;
 pub use devices::virtio::console::{ConsoleConfig, PortConfig, PortEnd};
 pub use devices::virtio::fs::FsConfig;
 pub use devices::virtio::mem::MemConfig;
+pub use devices::virtio::kernel_vhost::{KernelVhost, VhostError, VhostKind};
 pub use devices::virtio::net::NetConfig;
 pub use devices::virtio::pmem::PmemConfig;
 pub use devices::virtio::vhost_user::VhostUserConfig;
-pub use devices::virtio::vsock::VsockConfig;
+pub use devices::virtio::vsock::{KernelVsockConfig, VsockConfig};
 
 pub use crate::memory::image::Placement;
 pub use boot::{BASE_CMDLINE, BootConfig};
@@ -51,6 +52,8 @@ pub struct MachineConfig {
     pub vhost_user: Vec<VhostUserConfig>,
     /// Sockets between the guest and this process.
     pub vsock: Option<VsockConfig>,
+    /// Sockets between the guest and any program of the host, in place of those of `vsock`: a guest uses one of the two.
+    pub vhost_vsock: Option<KernelVsockConfig>,
     /// A source of entropy.
     pub rng: Option<RngConfig>,
     /// A balloon, by which the guest gives memory back.
@@ -80,6 +83,7 @@ impl MachineConfig {
             net: Vec::new(),
             vhost_user: Vec::new(),
             vsock: None,
+            vhost_vsock: None,
             rng: None,
             balloon: None,
             pluggable: None,

@@ -22,7 +22,7 @@ use devices::virtio::pmem::{Pmem, PmemConfig};
 use devices::virtio::net::{Net, NetConfig, NetError};
 use devices::virtio::rng::Rng;
 use devices::virtio::vhost_user::{VhostUser, VhostUserConfig, VhostUserError};
-use devices::virtio::vsock::{Connector, Vsock, VsockConfig, VsockError};
+use devices::virtio::vsock::{Connector, KernelVsock, KernelVsockConfig, Vsock, VsockConfig, VsockError};
 use devices::virtio::{Interrupt, MmioTransport, VirtioDevice};
 use seccomp::{Confinement, Role};
 
@@ -158,6 +158,10 @@ impl<'a> VirtioSlots<'a> {
 
     pub(super) fn vhost_user(&mut self, config: VhostUserConfig) -> Result<(), AttachError> {
         self.attach(Box::new(VhostUser::new(config, self.memory)?), Role::Io)
+    }
+
+    pub(super) fn vhost_vsock(&mut self, config: KernelVsockConfig) -> Result<(), AttachError> {
+        self.attach(Box::new(KernelVsock::new(config)?), Role::Io)
     }
 
     pub(super) fn vsock(&mut self, config: VsockConfig) -> Result<Connector, AttachError> {

@@ -79,6 +79,7 @@ impl Machine {
             net,
             vhost_user,
             vsock,
+            vhost_vsock,
             rng,
             balloon,
             pluggable,
@@ -114,6 +115,7 @@ impl Machine {
         net.into_iter().try_for_each(|config| slots.net(config))?;
         vhost_user.into_iter().try_for_each(|config| slots.vhost_user(config))?;
         let vsock = vsock.map(|config| slots.vsock(config)).transpose()?;
+        vhost_vsock.map(|config| slots.vhost_vsock(config)).transpose()?;
         rng.map(|RngConfig| slots.rng()).transpose()?;
         let balloon = balloon.map(|config| slots.balloon(&config, memory_config.size)).transpose()?;
         let pluggable =

@@ -15,6 +15,7 @@
 //! | `muxer` | all of them; knows no queue |
 //! | `uds` | the Unix socket and the words spoken on it |
 //! | `engine` | queues and events: the active half |
+//! | `kernel` | another device in place of all this: connections of the host's vhost-vsock |
 //!
 //! Bytes go between guest memory and descriptor without a copy in this process. The one buffer
 //! is for what the guest sent faster than its receiver reads; credit bounds it. Towards the
@@ -24,6 +25,7 @@ mod connection;
 mod connector;
 mod credit;
 mod engine;
+mod kernel;
 mod link;
 mod muxer;
 mod packet;
@@ -40,6 +42,7 @@ use std::sync::{Arc, Mutex};
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 
 pub use self::connector::{ConnectError, Connector};
+pub use self::kernel::{KernelVsock, KernelVsockConfig};
 pub use self::stream::HostEnd;
 
 use self::connector::{Shared, lock};
@@ -47,6 +50,7 @@ use self::engine::Engine;
 use self::muxer::Muxer;
 use self::uds::UdsServer;
 use crate::Subscriber;
+use crate::virtio::kernel_vhost::VhostError;
 use crate::virtio::queue::RING_FEATURES;
 use crate::virtio::{ActivateError, Activation, DeviceState, RestoreError, SaveError, VirtioDevice, config_space};
 
@@ -86,6 +90,9 @@ pub enum VsockError {
         #[source]
         source: io::Error,
     },
+    /// The host's vhost-vsock does not do it.
+    #[error(transparent)]
+    Vhost(#[from] VhostError),
     /// The event descriptor could not be made.
     #[error("Cannot make an event descriptor")]
     EventFd(#[source] io::Error),

@@ -1,9 +1,10 @@
 //! The control queue, friendly and not: virtio 1.2 section 5.1.6.5.
 
 use proptest::prelude::*;
+use vm_memory::{Bytes, GuestAddress};
 
 use super::wire::{DATA, Mode, PLAIN, Wire};
-use crate::testkit::Buffer;
+use crate::testkit::{Buffer, eventually};
 
 const OK: u8 = 0;
 const ERR: u8 = 1;
@@ -115,16 +116,16 @@ fn a_command_without_room_for_its_answer_stops_the_device() {
 fn a_command_may_lie_in_any_buffers() {
     let mut wire = wire();
     let ack = Buffer::writable(DATA + 0x100, 4);
-    use vm_memory::{Bytes, GuestAddress};
     wire.memory.write_slice(&[MQ, 0, 2, 0], GuestAddress(DATA)).unwrap();
     let [a, b, c, d] = [0, 1, 2, 3].map(|at| Buffer::readable(DATA + at, 1));
     wire.send_command(&[a, b, c, d, ack]);
-    crate::testkit::eventually("Two pairs", || wire.owner.queue_pairs() == 2);
+    eventually("An answer", || wire.control.used_idx() == 1);
+    assert_eq!(wire.owner.queue_pairs(), 2);
     // Too short to be a command at all.
-    for chain in [vec![ack], vec![a, ack]] {
+    for (answers, chain) in (2..).zip([vec![ack], vec![a, ack]]) {
         wire.memory.write_slice(&[0xee], GuestAddress(DATA + 0x100)).unwrap();
         wire.send_command(&chain);
-        wire.settle();
+        eventually("An answer", || wire.control.used_idx() == answers);
         assert_eq!(wire.peek(DATA + 0x100, 1), [ERR]);
     }
 }
@@ -137,7 +138,7 @@ fn queues_are_served_once_the_driver_uses_them() {
     wire.settle();
     assert_eq!(wire.pairs[1].rx.used_idx(), 0, "Only one pair is in use");
     assert_eq!(wire.command(MQ, 0, &[2, 0]), OK);
-    crate::testkit::eventually("A frame", || wire.pairs[1].rx.used_idx() == 1);
+    eventually("A frame", || wire.pairs[1].rx.used_idx() == 1);
     // And not any more when it does not.
     assert_eq!(wire.command(MQ, 0, &[1, 0]), OK);
     wire.give_to(1, DATA, 2048);

@@ -7,6 +7,7 @@ use std::thread;
 use std::time::Duration;
 
 use crate::testkit::{Buffer, Guest, Running, eventually};
+use crate::virtio::kernel_vhost::{KernelVhost, VhostKind};
 use crate::virtio::net::{MAX_MTU, MAX_QUEUE_PAIRS, MIN_MTU, Net, NetConfig, NetError, Tap, TapError};
 
 const NAME: &str = "inlaytest0";
@@ -366,5 +367,42 @@ fn an_address_and_a_number_of_pairs_survive_a_move() {
         // A reset forgets what the driver has chosen.
         running.guest.set_status(0);
         assert_eq!((control.mac(), control.queue_pairs()), (MAC, 1));
+    });
+}
+
+#[test]
+fn frames_cross_a_vhost_net_in_both_directions() {
+    if !std::path::Path::new("/dev/vhost-net").exists() {
+        eprintln!("SKIPPED: needs /dev/vhost-net");
+        return;
+    }
+    in_namespace(|| {
+        let vhost = || vec![KernelVhost::open(VhostKind::Net).unwrap()];
+        let limited = NetConfig {
+            anti_spoof: true,
+            vhost: vhost(),
+            ..NetConfig::new("eth0", vec![Tap::open("inlaytest1").unwrap()], MAC)
+        };
+        assert!(matches!(Net::new(limited), Err(NetError::VhostUnseen { .. })));
+
+        let tap = Tap::open(NAME).unwrap();
+        let socket = packet_socket();
+        let net = Net::new(NetConfig { vhost: vhost(), ..NetConfig::new("eth0", vec![tap], MAC) }).unwrap();
+        let control = net.control();
+        let mut guest = Guest::new(Box::new(net));
+        let all = guest.offered_features() & !(1 << 32);
+        for features in [all, all & !(1 << MRG_RXBUF), 0] {
+            let mut running = guest.start(features);
+            exchange(&mut running, &socket);
+            // The kernel interrupts by itself.
+            running.guest.wait_interrupt(1);
+            // The same while it was parked in between.
+            running.guest.transport.park();
+            running.guest.transport.unpark();
+            exchange(&mut running, &socket);
+            guest = running.guest;
+            guest.set_status(0);
+        }
+        assert_eq!(control.counters(), Default::default(), "Nobody here has seen a frame");
     });
 }

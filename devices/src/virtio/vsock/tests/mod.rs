@@ -3,6 +3,7 @@
 mod data;
 mod handshake;
 mod hostile;
+mod kernel;
 mod throughput;
 mod uds;
 
