@@ -13,8 +13,8 @@ pub mod console;
 pub mod device;
 pub mod fs;
 pub mod interrupt;
-pub mod mem;
 pub mod kernel_vhost;
+pub mod mem;
 pub mod mmio;
 #[cfg(test)]
 mod moving;
