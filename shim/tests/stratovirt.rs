@@ -336,6 +336,19 @@ fn devices_and_memory_of_every_kind_make_a_machine() {
         "-device",
         "virtio-fs-device,id=f,tag=t,source=.",
     ];
+    fs::write(host.path("pmem"), vec![0; 2 << 20]).unwrap();
+    let more = [
+        "-object",
+        "memory-backend-ram,id=plug,size=64M",
+        "-device",
+        "virtio-mem-device,id=vm,memdev=plug,requested-size=0",
+        "-drive",
+        "id=p,file=pmem,readonly=on",
+        "-device",
+        "virtio-pmem-device,id=p,drive=p",
+    ];
+    let output = host.run(&more);
+    assert_eq!((output.status.code(), text(&output.stderr)), (Some(0), String::new()));
     for memory in [
         &[][..],
         &["-mem-path", "."],

@@ -138,8 +138,6 @@ pub struct MemDevice {
     pub id: String,
     /// The memory backend that says how much there may be.
     pub memdev: String,
-    /// Where it starts.
-    pub memaddr: Option<u64>,
     /// How much there is at the start.
     pub requested_size: Option<Size>,
     /// In which steps it grows.

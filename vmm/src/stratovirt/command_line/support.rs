@@ -92,8 +92,6 @@ const KINDS: &[(&str, &str, Support)] = &[
         Support::Extended("a directory that this process serves, without a process beside it"),
     ),
     ("device", "vhost-vsock-device", Support::Absent),
-    ("device", "virtio-mem-device", Support::Absent),
-    ("device", "virtio-pmem-device", Support::Absent),
     ("device", "virtio-input-device", Support::Refused("a microvm has no display and no input devices")),
     ("device", "virtio-multitouch-device", Support::Refused("a microvm has no display and no input devices")),
     ("device", "virtio-gpu-device", Support::Refused("a microvm has no display and no input devices")),
@@ -112,6 +110,8 @@ const KINDS: &[(&str, &str, Support)] = &[
 
 /// Properties: option, kind (`*` for all of them, empty where there are none), property.
 const PROPERTIES: &[(&str, &str, &str, Support)] = &[
+    ("device", "virtio-mem-device", "memaddr", Support::Ignored("the machine places it above its other memory")),
+    ("device", "virtio-mem-device", "memdev", Support::Partly("a memory-backend-ram only")),
     ("drive", "", "aio", Support::Partly(PAGE_CACHE)),
     ("drive", "", "direct", Support::Partly(PAGE_CACHE)),
     ("drive", "", "discard", Support::Ignored("the guest is offered no discard")),

@@ -11,13 +11,16 @@ use std::path::{Path, PathBuf};
 
 use devices::virtio::blk::BlkConfig;
 use devices::virtio::fs::{CachePolicy, FsConfig};
+use devices::virtio::mem::{MIN_BLOCK_SIZE, MemConfig};
 use devices::virtio::net::TapError;
+use devices::virtio::pmem::PmemConfig;
 use devices::virtio::vhost_user::{Patience, VhostUserConfig, VhostUserKind};
 
 use super::command_line::CommandLine;
 use super::command_line::backend::{Aio, Chardev, Drive, Netdev, Serial, SocketStream};
 use super::command_line::device::{
-    BalloonDevice, BlkDevice, Device, FsDevice, PortDevice, VhostUserBlkDevice, VhostUserFsDevice,
+    BalloonDevice, BlkDevice, Device, FsDevice, MemDevice, PmemDevice, PortDevice, VhostUserBlkDevice,
+    VhostUserFsDevice,
 };
 use super::command_line::machine::{FileMemoryBackend, Numa, Object};
 use crate::config::{
@@ -168,8 +171,11 @@ impl Launch {
                     machine.balloon = Some(balloon(&device));
                 }
                 Device::VirtioBalloonDevice(_) => return Err(conflict("A second balloon", "a machine has one")),
-                Device::VirtioMemDevice(_) => return Err(LaunchError::Absent("virtio-mem-device")),
-                Device::VirtioPmemDevice(_) => return Err(LaunchError::Absent("virtio-pmem-device")),
+                Device::VirtioMemDevice(device) if machine.pluggable.is_none() => {
+                    machine.pluggable = Some(backends.pluggable(&device)?);
+                }
+                Device::VirtioMemDevice(_) => return Err(conflict("A second virtio-mem-device", "a machine has one")),
+                Device::VirtioPmemDevice(device) => machine.pmem.push(backends.persistent(device)?),
             }
         }
         let (serial, input) = backends.console(line.serial)?;
@@ -358,6 +364,32 @@ impl Backends {
             }
         };
         streams::serial(self.sockets.open(&chardev)?)
+    }
+
+    /// Memory to be plugged, as much as its backend has.
+    fn pluggable(&self, device: &MemDevice) -> Result<MemConfig, LaunchError> {
+        let MemDevice { id, memdev, requested_size, block_size } = device;
+        let found = self.objects.iter().find_map(|object| match object {
+            Object::MemoryBackendRam(backend) if backend.id == *memdev => Some(backend.size),
+            _ => None,
+        });
+        let option = "-object memory-backend-ram";
+        let missing = || LaunchError::Missing { user: format!("Device {id}"), option, id: memdev.clone() };
+        Ok(MemConfig {
+            size: found.ok_or_else(missing)?.0,
+            block_size: block_size.map_or(MIN_BLOCK_SIZE, |size| size.0),
+            requested: requested_size.map_or(0, |size| size.0),
+            node: 0,
+        })
+    }
+
+    fn persistent(&mut self, device: PmemDevice) -> Result<PmemConfig, LaunchError> {
+        let PmemDevice { id, drive } = device;
+        let missing = || LaunchError::Missing { user: format!("Device {id}"), option: "-drive", id: drive.clone() };
+        let index = self.drives.iter().position(|known| known.id == drive).ok_or_else(missing)?;
+        let Drive { file: path, readonly: read_only, .. } = self.drives.swap_remove(index);
+        let file = OpenOptions::new().read(true).write(!read_only).open(&path);
+        Ok(PmemConfig { id, file: file.map_err(|source| LaunchError::File { path, source })?, read_only })
     }
 
     fn entropy(&self, id: &str) -> Result<RngConfig, LaunchError> {
