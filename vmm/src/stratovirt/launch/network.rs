@@ -27,7 +27,8 @@ impl Backends {
                     return Err(conflict(format!("Device {id}"), "the queues of an interface have 256 entries"));
                 }
                 let tap = open_tap(&tap)?;
-                machine.net.push(NetConfig { mac: mac.map_or_else(|| address_of(&id), |mac| mac.0), id, tap });
+                let address = mac.map_or_else(|| address_of(&id), |mac| mac.0);
+                machine.net.push(NetConfig::new(id, vec![tap], address));
             }
             Netdev::VhostUser(remote) => {
                 if remote.queues.unwrap_or(1) != 1 {
