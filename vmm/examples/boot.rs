@@ -76,7 +76,7 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<MachineConfig, E
             "--blk" => {
                 let path = value()?;
                 let file = OpenOptions::new().read(true).write(true).open(&path)?;
-                config.blk.push(BlkConfig { id: path, file, read_only: false, serial: String::new() });
+                config.blk.push(BlkConfig::new(path, file));
             }
             "--fs" => {
                 let (tag, directory) = value()?.split_once('=').map(|(t, d)| (t.into(), d.into())).ok_or("TAG=DIR")?;

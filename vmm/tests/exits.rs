@@ -29,7 +29,7 @@ fn virtio_devices_answer_in_their_windows() {
     let mut config = config(kernel.path());
     let file = tempfile::tempfile().expect("file");
     file.set_len(4096).expect("size");
-    config.blk.push(vmm::BlkConfig { id: "drive".into(), file, read_only: true, serial: String::new() });
+    config.blk.push(vmm::BlkConfig { read_only: true, ..vmm::BlkConfig::new("drive", file) });
     config.rng = Some(RngConfig);
     let machine = Machine::build(config).expect("build");
     machine.start().expect("start");
@@ -80,7 +80,7 @@ fn a_drive_is_read_through_its_queue() {
     file.write_all(b"disks").expect("write");
     file.set_len(4096).expect("size");
     let mut config = config(kernel.path());
-    config.blk.push(vmm::BlkConfig { id: "drive".into(), file, read_only: true, serial: String::new() });
+    config.blk.push(vmm::BlkConfig { read_only: true, ..vmm::BlkConfig::new("drive", file) });
     let machine = Machine::build(config).expect("build");
     machine.start().expect("start");
     assert_eq!(wait(&machine), ExitReason::Shutdown);

@@ -95,7 +95,7 @@ fn more_devices_than_interrupt_lines_are_refused() {
             let file = tempfile::tempfile().expect("file");
             file.set_len(4096).expect("size");
             let id = format!("drive{index}");
-            config.blk.push(vmm::BlkConfig { id, file, read_only: false, serial: String::new() });
+            config.blk.push(vmm::BlkConfig::new(id, file));
         }
         config
     };

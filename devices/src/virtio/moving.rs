@@ -25,7 +25,7 @@ fn rng() -> Box<dyn VirtioDevice> {
 fn blk(sectors: u64) -> Box<dyn VirtioDevice> {
     let file = tempfile::tempfile().unwrap();
     file.set_len(sectors * 512).unwrap();
-    let config = BlkConfig { id: "disk".into(), file, read_only: false, serial: String::new() };
+    let config = BlkConfig::new("disk", file);
     Box::new(Blk::new(config).unwrap())
 }
 

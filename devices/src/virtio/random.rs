@@ -19,7 +19,7 @@ const DATA: u64 = 0x2000;
 fn blk() -> Box<Blk> {
     let file = tempfile::tempfile().unwrap();
     file.set_len(1 << 20).unwrap();
-    let config = BlkConfig { id: "d".into(), file, read_only: false, serial: String::new() };
+    let config = BlkConfig::new("d", file);
     Box::new(Blk::new(config).unwrap())
 }
 

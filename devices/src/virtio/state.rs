@@ -160,6 +160,16 @@ pub enum RestoreError {
         /// Device type.
         device_type: u32,
     },
+    /// The guest knows of sectors that the drive does not have.
+    #[error("Drive {drive} has {present} sectors, the one in the snapshot has {saved}")]
+    Capacity {
+        /// The drive's name.
+        drive: String,
+        /// In the snapshot.
+        saved: u64,
+        /// In the machine.
+        present: u64,
+    },
     /// The device's own state means nothing to it.
     #[error("The state of the virtio device of type {device_type} is malformed")]
     Decode {

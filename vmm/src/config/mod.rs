@@ -9,7 +9,7 @@ mod rng;
 mod serial;
 
 pub use devices::virtio::balloon::BalloonConfig;
-pub use devices::virtio::blk::BlkConfig;
+pub use devices::virtio::blk::{BackingImage, BlkConfig, BlkControl, EngineKind, ImageFormat};
 pub use devices::virtio::console::{ConsoleConfig, PortConfig, PortEnd};
 pub use devices::virtio::fs::FsConfig;
 pub use devices::virtio::kernel_vhost::{KernelVhost, VhostError, VhostKind};

@@ -1,148 +1,213 @@
-//! The block device as its transport sees it.
+//! What a drive is made of, and how its configuration space tells it (virtio 1.2 section 5.2.4).
 
 use std::fs::File;
 use std::io;
-use std::sync::Arc;
 
-use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_ID_BYTES,
-};
-use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
-use vm_memory::{ByteValued, Le32, Le64};
+use vm_memory::{ByteValued, Le16, Le32, Le64};
 
-use super::disk::Disk;
-use super::request::RequestHandler;
-use crate::Subscriber;
-use crate::virtio::queue::{RING_FEATURES, VirtQueue};
-use crate::virtio::worker::QueueWorker;
-use crate::virtio::{ActivateError, Activation, DeviceState, RestoreError, SaveError, VirtioDevice, config_space};
+use super::image::ImageError;
+use crate::virtio::rate_limiter::RateLimits;
 
 /// Bytes of a sector, the unit of every position and length on the wire (section 5.2.4).
 pub(super) const SECTOR_SIZE: u32 = 512;
 
-/// One request queue.
-const QUEUE_SIZE: u16 = 256;
+/// Largest block of a disk in bytes: a page, more than which Linux takes from no device.
+pub(super) const MAX_BLOCK_SIZE: u32 = 4096;
 
-/// Data segments of one request: a chain may be as long as the queue, and header and status take
-/// a descriptor each (section 5.2.6.1).
-const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
+/// Most request queues: each costs the host a descriptor, and more than one per processor is
+/// never used.
+pub const MAX_QUEUES: u16 = 32;
 
-/// The configuration space up to `blk_size` (section 5.2.4).
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-struct ConfigSpace {
-    capacity: Le64,
-    size_max: Le32,
-    seg_max: Le32,
-    geometry: Le32,
-    blk_size: Le32,
+/// Sizes of a queue: header, data and status must fit, and a chain of 1024 is the most that one
+/// call to the host's kernel takes.
+pub const QUEUE_SIZES: std::ops::RangeInclusive<u16> = 4..=1024;
+
+/// Ranges of one discard: a page of the driver has 256 of 16 bytes.
+pub(super) const MAX_DISCARD_SEGMENTS: u32 = 256;
+
+/// Sectors of one discarded range: 2 GiB. The host only changes its maps.
+pub(super) const MAX_DISCARD_SECTORS: u32 = 1 << 22;
+
+/// Sectors of the one range of a write of zeroes: 32 MiB, because a host whose file system cannot
+/// allocate zeroes has to write them.
+pub(super) const MAX_WRITE_ZEROES_SECTORS: u32 = 1 << 16;
+
+/// Ranges of one write of zeroes.
+pub(super) const MAX_WRITE_ZEROES_SEGMENTS: u32 = 1;
+
+/// How an image keeps a disk.
+#[derive(Debug, Default)]
+pub enum ImageFormat {
+    /// Its bytes are the disk's.
+    #[default]
+    Raw,
+    /// QEMU's format, with up to 64 KiB per cluster.
+    Qcow2 {
+        /// What is behind the image. It must be named when the image asks for one; the name in the image is never
+        /// opened.
+        backing: Option<Box<BackingImage>>,
+    },
 }
 
-// SAFETY: five integers without padding between or after them; any bytes are valid.
-unsafe impl ByteValued for ConfigSpace {}
+/// An image behind another one, which is only read.
+#[derive(Debug)]
+pub struct BackingImage {
+    /// Open for reading.
+    pub file: File,
+    /// Its format.
+    pub format: ImageFormat,
+}
+
+/// Who does the work on an image.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum EngineKind {
+    /// The event loop itself, which waits meanwhile.
+    #[default]
+    Inline,
+    /// A pool of threads.
+    Threads,
+    /// The kernel, through an I/O ring. Raw images only, and only where the host allows rings.
+    IoUring,
+}
 
 /// A drive for the guest.
 #[derive(Debug)]
 pub struct BlkConfig {
     /// The drive's name, for messages.
     pub id: String,
-    /// A raw image file or a block device, open for reading, and for writing unless `read_only`.
+    /// An image or a block device, open for reading, and for writing unless `read_only`.
     pub file: File,
+    /// The format of `file`, which is never found out from its bytes.
+    pub format: ImageFormat,
     /// Whether the guest may only read.
     pub read_only: bool,
     /// What the guest reads as the drive's serial number; cut to 20 bytes.
     pub serial: String,
+    /// Who does the work.
+    pub engine: EngineKind,
+    /// Past the host's page cache. Changes the mode of `file` for all who share it.
+    pub direct: bool,
+    /// Number of request queues, 1 to [`MAX_QUEUES`].
+    pub queues: u16,
+    /// Size of each queue, a power of two in [`QUEUE_SIZES`].
+    pub queue_size: u16,
+    /// The disk's block in bytes: a power of two from 512 to 4096, or `None` for what the image asks for.
+    pub logical_block_size: Option<u32>,
+    /// How much the guest may do.
+    pub limits: RateLimits,
+}
+
+impl BlkConfig {
+    /// A raw image that the guest may write, on one queue of 256, without a serial number or a limit.
+    pub fn new(id: impl Into<String>, file: File) -> Self {
+        Self {
+            id: id.into(),
+            file,
+            format: ImageFormat::Raw,
+            read_only: false,
+            serial: String::new(),
+            engine: EngineKind::default(),
+            direct: false,
+            queues: 1,
+            queue_size: 256,
+            logical_block_size: None,
+            limits: RateLimits::default(),
+        }
+    }
+
+    pub(super) fn check(&self) -> Result<(), BlkErrorKind> {
+        if !(1..=MAX_QUEUES).contains(&self.queues) {
+            return Err(BlkErrorKind::Queues(self.queues));
+        }
+        if !QUEUE_SIZES.contains(&self.queue_size) || !self.queue_size.is_power_of_two() {
+            return Err(BlkErrorKind::QueueSize(self.queue_size));
+        }
+        match self.logical_block_size {
+            Some(size) if !(SECTOR_SIZE..=MAX_BLOCK_SIZE).contains(&size) || !size.is_power_of_two() => {
+                Err(BlkErrorKind::BlockSize(size))
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 /// Why a drive cannot be made.
 #[derive(Debug, thiserror::Error)]
-pub enum BlkError {
-    /// The size of the file or device cannot be read.
-    #[error("Cannot tell the size of drive {id}")]
-    Size {
-        /// The drive's name.
-        id: String,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-    /// There is not one whole sector.
-    #[error("Drive {id} is smaller than a sector of 512 bytes")]
-    Empty {
-        /// The drive's name.
-        id: String,
-    },
-}
-
-/// The configuration half of a block device.
-pub struct Blk {
-    disk: Arc<Disk>,
-    id: String,
-    serial: [u8; VIRTIO_BLK_ID_BYTES as usize],
-    config: ConfigSpace,
-}
-
-impl Blk {
-    /// Makes the device. Its capacity is the size of the file at this moment in whole sectors.
-    pub fn new(config: BlkConfig) -> Result<Self, BlkError> {
-        let BlkConfig { id, file, read_only, serial } = config;
-        let disk = match Disk::new(file, read_only) {
-            Ok(disk) if disk.sectors() == 0 => return Err(BlkError::Empty { id }),
-            Ok(disk) => Arc::new(disk),
-            Err(source) => return Err(BlkError::Size { id, source }),
-        };
-        let mut serial_bytes = [0; VIRTIO_BLK_ID_BYTES as usize];
-        for (target, source) in serial_bytes.iter_mut().zip(serial.bytes()) {
-            *target = source;
-        }
-        let config = ConfigSpace {
-            capacity: disk.sectors().into(),
-            seg_max: SEG_MAX.into(),
-            blk_size: SECTOR_SIZE.into(),
-            ..ConfigSpace::default()
-        };
-        Ok(Self { disk, id, serial: serial_bytes, config })
-    }
-
+#[error("Drive {id} cannot be made")]
+pub struct BlkError {
     /// The drive's name.
-    pub fn id(&self) -> &str {
-        &self.id
-    }
+    pub id: String,
+    /// Why.
+    #[source]
+    pub kind: BlkErrorKind,
 }
 
-impl VirtioDevice for Blk {
-    fn device_type(&self) -> u32 {
-        VIRTIO_ID_BLOCK
-    }
-
-    fn queue_max_sizes(&self) -> &[u16] {
-        &[QUEUE_SIZE]
-    }
-
-    fn features(&self) -> u64 {
-        let read_only = if self.disk.read_only() { 1 << VIRTIO_BLK_F_RO } else { 0 };
-        RING_FEATURES | 1 << VIRTIO_BLK_F_SEG_MAX | 1 << VIRTIO_BLK_F_BLK_SIZE | 1 << VIRTIO_BLK_F_FLUSH | read_only
-    }
-
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
-        config_space::read(self.config.as_slice(), offset, data);
-    }
-
-    fn activate(&mut self, activation: Activation) -> Result<Subscriber, ActivateError> {
-        let Activation { memory, queues, acked_features, interrupt } = activation;
-        let queue = queues.into_iter().flatten().next().ok_or(ActivateError::QueueMissing(0))?;
-        let queue = VirtQueue::new(queue, &memory, acked_features);
-        // A driver that does not flush expects completed writes to be stable (section 5.2.6.2).
-        let write_through = acked_features & (1 << VIRTIO_BLK_F_FLUSH) == 0;
-        let handler = RequestHandler::new(Arc::clone(&self.disk), self.serial, write_through);
-        Ok(Box::new(QueueWorker::new("blk", queue, handler, interrupt)))
-    }
-
-    fn save(&self) -> Result<DeviceState, SaveError> {
-        Ok(DeviceState::nothing())
-    }
-
-    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
-        state.expect_nothing(VIRTIO_ID_BLOCK)
-    }
+/// What is wrong with a drive.
+#[derive(Debug, thiserror::Error)]
+pub enum BlkErrorKind {
+    /// The number of queues is 0 or too large.
+    #[error("{0} request queues: there must be 1 to 32")]
+    Queues(u16),
+    /// The queue size is not a power of two, too small or too large.
+    #[error("Queue size {0} must be a power of two from 4 to 1024")]
+    QueueSize(u16),
+    /// The block size is not a power of two, too small or too large.
+    #[error("Block size {0} must be a power of two from 512 to 4096")]
+    BlockSize(u32),
+    /// Direct I/O needs blocks of another size than the configuration says.
+    #[error("Block size {wanted} is smaller than the {needed} bytes that direct I/O needs here")]
+    DirectBlockSize {
+        /// What the configuration says.
+        wanted: u32,
+        /// What the image's file system asks for.
+        needed: u32,
+    },
+    /// There is not one whole block.
+    #[error("The image is smaller than a block of {0} bytes")]
+    Empty(u32),
+    /// The image cannot be opened.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// The kernel's I/O ring works on a file, and a qcow2 image is more than that.
+    #[error("The io_uring engine serves raw images only")]
+    EngineFormat,
+    /// There are no threads, or no ring.
+    #[error("The {0:?} engine cannot be made")]
+    Engine(EngineKind, #[source] io::Error),
 }
+
+/// The configuration space (section 5.2.4), as far as features of this device fill it.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+pub(super) struct ConfigSpace {
+    pub capacity: Le64,
+    pub size_max: Le32,
+    pub seg_max: Le32,
+    pub geometry: Le32,
+    pub blk_size: Le32,
+    pub physical_block_exp: u8,
+    pub alignment_offset: u8,
+    pub min_io_size: Le16,
+    pub opt_io_size: Le32,
+    pub writeback: u8,
+    pub unused0: u8,
+    pub num_queues: Le16,
+    pub max_discard_sectors: Le32,
+    pub max_discard_seg: Le32,
+    pub discard_sector_alignment: Le32,
+    pub max_write_zeroes_sectors: Le32,
+    pub max_write_zeroes_seg: Le32,
+    pub write_zeroes_may_unmap: u8,
+    pub unused1: [u8; 3],
+    /// Of secure erase, which is not offered.
+    pub max_secure_erase_sectors: Le32,
+}
+
+/// Offset of `writeback`, the one field that a driver can write.
+pub(super) const WRITEBACK_OFFSET: u64 = 32;
+
+const _: () = assert!(size_of::<ConfigSpace>() == 64);
+
+// SAFETY: integers without padding between or after them, which the assertion above shows; any
+// bytes are valid.
+unsafe impl ByteValued for ConfigSpace {}

@@ -1,12 +1,29 @@
-//! Block device (virtio 1.2 section 5.2): raw files and host block devices.
+//! Block device (virtio 1.2 section 5.2).
 //!
-//! `config` is the half that the transport talks to, `request` reads a request and answers it,
-//! `disk` is what it is answered from.
+//! | room | what is in it |
+//! | --- | --- |
+//! | `config` | what a drive is made of, and the layout of the configuration space |
+//! | `device` | the half that the transport talks to |
+//! | `request` | reads a request and answers it: pure, no engine and no events |
+//! | `operation`, `transfer` | what a request asks of an image, as steps that any engine takes |
+//! | `image` | what it is answered from: raw files and devices, qcow2 |
+//! | `engine` | who does the work: the event loop, threads, an I/O ring |
+//! | `state` | what a drive remembers in a snapshot |
+//! | `worker` | the active half: queues, limits, what is under way |
 
+mod aligned;
 mod config;
-mod disk;
+mod device;
+mod engine;
+mod image;
+mod operation;
 mod request;
+mod state;
 #[cfg(test)]
 mod tests;
+mod transfer;
+mod worker;
 
-pub use config::{Blk, BlkConfig, BlkError};
+pub use config::{BackingImage, BlkConfig, BlkError, BlkErrorKind, EngineKind, ImageFormat, MAX_QUEUES, QUEUE_SIZES};
+pub use device::{Blk, BlkControl};
+pub use image::{ImageError, Qcow2Error};

@@ -68,42 +68,85 @@ impl<'m> GuestBuffers<'m> {
             unsafe { libc::writev(sink.as_raw_fd(), vectors, count) }
         })
     }
+}
 
-    /// Fills the buffers from `file`, starting at byte `offset`.
-    pub fn read_exact_at(self, file: BorrowedFd<'_>, offset: u64) -> io::Result<()> {
-        self.transfer(offset, io::ErrorKind::UnexpectedEof, |vectors, count, offset| {
-            // SAFETY: as in `read_from`.
-            unsafe { libc::preadv64(file.as_raw_fd(), vectors, count, offset) }
-        })
+/// Buffers in guest memory for an operation that runs on its own, and how far it has come.
+///
+/// They keep the guest's memory mapped. As with [`GuestBuffers`], the guest can change their
+/// bytes at any time, so they are only handed to the kernel or copied.
+pub struct HeldBuffers {
+    vectors: Vec<libc::iovec>,
+    /// How many of the vectors are through.
+    done: usize,
+    /// What the vectors point into.
+    _memory: GuestMemory,
+}
+
+// SAFETY: the vectors are addresses in mappings that `_memory` keeps, which are the same for
+// every thread, and nothing is reached through them but by copying or by the kernel.
+unsafe impl Send for HeldBuffers {}
+
+impl HeldBuffers {
+    /// Holds `buffers`, which were made of this `memory`.
+    pub(super) fn new(buffers: GuestBuffers<'_>, memory: &GuestMemory) -> Self {
+        Self { vectors: buffers.vectors, done: 0, _memory: memory.clone() }
     }
 
-    /// Writes the buffers to `file`, starting at byte `offset`.
-    pub fn write_all_at(self, file: BorrowedFd<'_>, offset: u64) -> io::Result<()> {
-        self.transfer(offset, io::ErrorKind::WriteZero, |vectors, count, offset| {
-            // SAFETY: as in `read_from`.
-            unsafe { libc::pwritev64(file.as_raw_fd(), vectors, count, offset) }
-        })
+    /// What is left, as one system call takes it: a list of vectors and its length. The list
+    /// stays in place until the next call of [`advance`](Self::advance).
+    pub fn next_call(&self) -> (*const libc::iovec, libc::c_int) {
+        first_call(self.left())
     }
 
-    /// Calls until every byte is through; a call that moves none is the error `on_zero`.
-    fn transfer(
-        mut self,
-        mut offset: u64,
-        on_zero: io::ErrorKind,
-        call: impl Fn(*const libc::iovec, libc::c_int, libc::off64_t) -> isize,
-    ) -> io::Result<()> {
-        let mut rest = self.vectors.as_mut_slice();
-        while !rest.is_empty() {
-            let at = libc::off64_t::try_from(offset).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
-            let (vectors, count) = first_call(rest);
-            let moved = retry(|| call(vectors, count, at))?;
-            if moved == 0 {
-                return Err(on_zero.into());
-            }
-            offset = offset.saturating_add(moved as u64);
-            rest = advance(rest, moved);
+    /// Drops the first `bytes` bytes.
+    pub fn advance(&mut self, bytes: usize) {
+        let left = self.vectors.get_mut(self.done..).unwrap_or_default();
+        let before = left.len();
+        let after = advance(left, bytes).len();
+        self.done = self.done.saturating_add(before.saturating_sub(after));
+    }
+
+    /// Whether each buffer begins and ends at a multiple of `alignment` in this process.
+    pub fn is_aligned(&self, alignment: usize) -> bool {
+        let aligned = |vector: &libc::iovec| {
+            vector.iov_base.addr().is_multiple_of(alignment) && vector.iov_len.is_multiple_of(alignment)
+        };
+        self.left().iter().all(aligned)
+    }
+
+    /// Copies the first bytes to `target`; returns how many there were.
+    pub fn copy_to(&self, target: &mut [u8]) -> usize {
+        let mut copied: usize = 0;
+        for slice in self.slices() {
+            let Some(rest) = target.get_mut(copied..).filter(|rest| !rest.is_empty()) else { break };
+            copied = copied.saturating_add(slice.copy_to(rest));
         }
-        Ok(())
+        copied
+    }
+
+    /// Copies `source` to the first bytes, as far as there are any.
+    pub fn copy_from(&self, source: &[u8]) {
+        let mut rest = source;
+        for slice in self.slices() {
+            if rest.is_empty() {
+                break;
+            }
+            let (part, behind) = rest.split_at(rest.len().min(slice.len()));
+            slice.copy_from(part);
+            rest = behind;
+        }
+    }
+
+    fn left(&self) -> &[libc::iovec] {
+        self.vectors.get(self.done..).unwrap_or_default()
+    }
+
+    fn slices(&self) -> impl Iterator<Item = VolatileSlice<'_>> {
+        self.left().iter().map(|vector| {
+            // SAFETY: each vector describes guest memory that stays mapped as long as `self`
+            // lives, and volatile accesses are how memory shared with a guest is accessed.
+            unsafe { VolatileSlice::new(vector.iov_base.cast(), vector.iov_len) }
+        })
     }
 }
 

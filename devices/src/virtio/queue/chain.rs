@@ -4,7 +4,7 @@ use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemory as _, GuestMemoryError};
 
-use super::{GuestBuffers, QueueError};
+use super::{GuestBuffers, HeldBuffers, QueueError};
 use crate::GuestMemory;
 
 /// Bytes of one entry of the descriptor table (virtio 1.2 section 2.7.5).
@@ -178,6 +178,11 @@ impl<'a> Segments<'a> {
         let mut buffers = GuestBuffers::default();
         self.append_to(memory, &mut buffers)?;
         Ok(buffers)
+    }
+
+    /// Like [`buffers`](Self::buffers), for an operation that goes on after the chain is put aside.
+    pub fn held_buffers(self, memory: &GuestMemory) -> Result<HeldBuffers, QueueError> {
+        Ok(HeldBuffers::new(self.buffers(memory)?, memory))
     }
 
     /// Appends the run to a list of host buffers.

@@ -16,7 +16,7 @@ use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 use vmm_sys_util::eventfd::EventFd;
 
-pub use buffers::GuestBuffers;
+pub use buffers::{GuestBuffers, HeldBuffers};
 use chain::Segment;
 pub use chain::{Chain, Segments};
 

@@ -432,46 +432,43 @@ fn several_chains_are_published_at_once() {
 }
 
 #[test]
-fn more_buffers_than_one_call_takes_reach_the_file_whole() {
-    use std::os::fd::AsFd;
-
+fn held_buffers_are_handed_out_from_where_they_are() {
     let (mut ring, mut queue) = queue_of(1024, 0);
     let memory = queue.memory().clone();
+    let buffers: Vec<_> = (0..1024).map(|index| Buffer::readable(DATA + 2 * index, 2)).collect();
+    ring.offer(&buffers);
+    let chain = queue.pop().unwrap().unwrap();
     let pattern: Vec<u8> = (0..2048_u32).map(|index| (index / 8) as u8).collect();
     memory.write_slice(&pattern, GuestAddress(DATA)).unwrap();
-    let mut list = GuestBuffers::default();
-    for half in 0..2 {
-        let buffers: Vec<_> = (0..1024).map(|index| Buffer::readable(DATA + half * 1024 + index, 1)).collect();
-        ring.offer(&buffers);
-        let chain = queue.pop().unwrap().unwrap();
-        chain.readable().append_to(&memory, &mut list).unwrap();
-    }
-    let file = tempfile::tempfile().unwrap();
-    list.write_all_at(file.as_fd(), 512).unwrap();
-
-    let target = DATA + 0x1_0000;
-    ring.offer(&[Buffer::writable(target, 1), Buffer::writable(target + 1, 2047)]);
-    let chain = queue.pop().unwrap().unwrap();
-    chain.writable().buffers(&memory).unwrap().read_exact_at(file.as_fd(), 512).unwrap();
-    let mut copy = vec![0; 2048];
-    memory.read_slice(&mut copy, GuestAddress(target)).unwrap();
-    assert!(copy == pattern);
+    let mut held = chain.readable().held_buffers(&memory).unwrap();
+    drop(memory);
+    assert_eq!(held.next_call().1, 1024);
+    held.advance(3);
+    assert_eq!(held.next_call().1, 1023);
+    assert!(!held.is_aligned(2));
+    let mut copy = vec![0; 3000];
+    assert_eq!(held.copy_to(&mut copy), 2045);
+    assert!(copy[..2045] == pattern[3..]);
+    held.advance(2044);
+    held.copy_from(&[7, 8]);
+    assert_eq!(queue.memory().read_obj::<u8>(GuestAddress(DATA + 2047)).unwrap(), 7);
+    held.advance(5);
+    assert_eq!((held.next_call().1, held.copy_to(&mut copy)), (0, 0));
 }
 
 #[test]
-fn a_file_that_ends_early_is_an_error() {
-    use std::os::fd::AsFd;
-
+fn a_chain_that_is_put_back_is_the_next_one_again() {
     let (mut ring, mut queue) = queue();
-    let memory = queue.memory().clone();
-    ring.offer(&[Buffer::writable(DATA, 512)]);
-    let chain = queue.pop().unwrap().unwrap();
-    let file = tempfile::tempfile().unwrap();
-    file.set_len(511).unwrap();
-    let read = |offset| {
-        let buffers = chain.writable().buffers(&memory).unwrap();
-        buffers.read_exact_at(file.as_fd(), offset).unwrap_err().kind()
-    };
-    assert_eq!(read(0), std::io::ErrorKind::UnexpectedEof);
-    assert_eq!(read(u64::MAX), std::io::ErrorKind::InvalidInput);
+    let heads = [ring.offer(&[Buffer::writable(DATA, 1)]), ring.offer(&[Buffer::writable(DATA, 2)])];
+    for _ in 0..3 {
+        let chain = queue.pop().unwrap().unwrap();
+        assert_eq!(chain.head(), heads[0]);
+        queue.put_back(chain);
+    }
+    for head in heads {
+        let chain = queue.pop().unwrap().unwrap();
+        assert_eq!(chain.head(), head);
+        queue.add_used(chain, 0).unwrap();
+    }
+    assert!(queue.pop().unwrap().is_none());
 }

@@ -315,7 +315,7 @@ impl Backends {
         options.read(true).write(!drive.readonly).custom_flags(libc::O_CLOEXEC);
         let file =
             options.open(&drive.file).map_err(|source| LaunchError::File { path: drive.file.clone(), source })?;
-        Ok(BlkConfig { id, file, read_only: drive.readonly, serial: serial.unwrap_or_default() })
+        Ok(BlkConfig { read_only: drive.readonly, serial: serial.unwrap_or_default(), ..BlkConfig::new(id, file) })
     }
 
     /// The socket of a process that serves a device.
