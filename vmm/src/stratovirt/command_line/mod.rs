@@ -206,13 +206,14 @@ impl CommandLine {
 /// The options of [`CommandLine`] and those of the table.
 fn command() -> Command {
     let command = Command::new("inlay vm")
-        .about(ABOUT)
         .after_help(AFTER_HELP)
         .override_usage("inlay vm -kernel FILE [OPTIONS]\n       stratovirt -kernel FILE [OPTIONS]")
         .no_binary_name(true)
         .version(concat!("(StratoVirt's microvm) ", env!("CARGO_PKG_VERSION")))
         .disable_help_subcommand(true);
-    support::OPTIONS.iter().fold(CommandLine::augment_args(command), |command, (name, operand, support)| {
+    // The comment on the type would be the text.
+    let command = CommandLine::augment_args(command).about(ABOUT);
+    support::OPTIONS.iter().fold(command, |command, (name, operand, support)| {
         let arg = Arg::new(*name).long(name).hide(*support != Support::Compatible).help_heading(MACHINE);
         command.arg(match operand {
             Operand::None => arg.action(ArgAction::SetTrue).default_value(None),

@@ -263,6 +263,7 @@ fn the_help_has_every_option_with_one_dash() {
     for word in ["-help", "--help", "-h"] {
         let Ok(Request::Print(text)) = request(&[word]) else { panic!("{word}") };
         assert!(!text.contains("--"), "{text}");
+        assert!(text.starts_with(ABOUT), "{text}");
         for option in ["-machine", "-kernel", "-drive", "-qmp", "-daemonize", "-S", "-D", "-m ", "-cpu", "-incoming"] {
             assert!(text.contains(option), "{option}: {text}");
         }
