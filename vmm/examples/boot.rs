@@ -99,7 +99,7 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<MachineConfig, E
             }
             "--vsock" => config.vsock = Some(VsockConfig { guest_cid: value()?.parse()?, uds_path: None }),
             "--map-images" => config.images = Placement::Mapped,
-            "--rng" => config.rng = Some(RngConfig),
+            "--rng" => config.rng = Some(RngConfig::default()),
             "--" => {
                 for word in arguments.by_ref() {
                     config.boot.cmdline.push(' ');

@@ -30,7 +30,7 @@ fn virtio_devices_answer_in_their_windows() {
     let file = tempfile::tempfile().expect("file");
     file.set_len(4096).expect("size");
     config.blk.push(vmm::BlkConfig { read_only: true, ..vmm::BlkConfig::new("drive", file) });
-    config.rng = Some(RngConfig);
+    config.rng = Some(RngConfig::default());
     let machine = Machine::build(config).expect("build");
     machine.start().expect("start");
     assert_eq!(wait(&machine), ExitReason::Shutdown);

@@ -62,7 +62,7 @@ fn nothing_is_left_of_a_machine() {
         config.images = Placement::Mapped;
         config.boot.initrd = Some(kernel.path().to_owned());
         config.vsock = Some(VsockConfig { guest_cid: 3, uds_path: Some(share.path().join("vsock")) });
-        config.rng = Some(RngConfig);
+        config.rng = Some(RngConfig::default());
         let machine = Machine::build(config).expect("build");
         machine.start().expect("start");
         end(&machine);

@@ -213,7 +213,7 @@ fn what_a_device_wrote_to_a_block_before_it_was_plugged_is_gone() {
     let code = request(code, 0, 0, 0, &[(ABOVE, 64, true)]);
     let code = first_block(bring_up(code, 1, 2, &[0]), 1, 0, PLUG).print_memory(SEEN, 64);
     let (machine, reason) = run(code, |config| {
-        config.rng = Some(RngConfig);
+        config.rng = Some(RngConfig::default());
         pluggable(config);
     });
     assert_eq!(reason, ExitReason::Shutdown);

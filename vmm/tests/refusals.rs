@@ -70,7 +70,7 @@ fn a_command_line_has_a_limit() {
     let text = refusal(with_length(2048));
     assert!(text.contains("2047 printable ASCII characters"), "{text}");
     let mut crowded = with_length(2040);
-    crowded.rng = Some(RngConfig);
+    crowded.rng = Some(RngConfig::default());
     let text = refusal(crowded);
     assert!(text.contains("no room for the address of a device"), "{text}");
 }

@@ -10,6 +10,7 @@ use crate::BusDevice;
 use crate::testkit::{Buffer, Guest, Running, eventually};
 use crate::virtio::balloon::{Balloon, BalloonConfig};
 use crate::virtio::blk::{Blk, BlkConfig};
+use crate::virtio::rate_limiter::RateLimits;
 use crate::virtio::rng::Rng;
 use crate::virtio::state::{RestoreError, SaveError};
 use crate::virtio::vsock::{Vsock, VsockConfig};
@@ -19,7 +20,7 @@ const DATA: u64 = 0x10_0000;
 const EVENTS: usize = 2;
 
 fn rng() -> Box<dyn VirtioDevice> {
-    Box::new(Rng::new().unwrap())
+    Box::new(Rng::new(RateLimits::default()).unwrap())
 }
 
 fn blk(sectors: u64) -> Box<dyn VirtioDevice> {

@@ -11,6 +11,7 @@ use crate::BusDevice;
 use crate::testkit::{Buffer, Guest, Ring, memory};
 use crate::virtio::blk::{Blk, BlkConfig};
 use crate::virtio::queue::{CHAINS_PER_WAKE_UP, Chain, QueueError, VirtQueue};
+use crate::virtio::rate_limiter::RateLimits;
 use crate::virtio::rng::Rng;
 
 const RING: u64 = 0x1_0000;
@@ -128,7 +129,7 @@ proptest! {
         entropy in any::<bool>(),
     ) {
         let guest = if entropy {
-            Guest::new(Box::new(Rng::new().unwrap()))
+            Guest::new(Box::new(Rng::new(RateLimits::default()).unwrap()))
         } else {
             Guest::new(blk())
         };

@@ -199,7 +199,7 @@ fn machine_config(sandbox: &Id, config: &Config, shared: &Path, socket: &Path) -
     // The shim itself needs no socket; a person needs one to reach the debug console.
     let uds_path = config.agent.debug_console.then(|| socket.to_owned());
     machine.vsock = Some(VsockConfig { guest_cid: GUEST_CID, uds_path });
-    machine.rng = Some(RngConfig);
+    machine.rng = Some(RngConfig::default());
     machine.confinement = config.runtime.confinement;
     machine
 }

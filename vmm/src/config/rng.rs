@@ -1,5 +1,10 @@
 //! Entropy.
 
-/// A source of entropy for the guest: the host's `/dev/urandom`. There is nothing to choose yet.
+use devices::virtio::rate_limiter::RateLimits;
+
+/// A source of entropy for the guest: the host's `/dev/urandom`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct RngConfig;
+pub struct RngConfig {
+    /// How much the guest gets in a time; without limit by default.
+    pub limits: RateLimits,
+}

@@ -28,6 +28,7 @@ use seccomp::{Confinement, Role};
 
 use crate::arch::x86_64::layout;
 use crate::bus::{Bus, BusError};
+use crate::config::RngConfig;
 use crate::event::{EventError, LoopThread};
 use crate::irq::{self, IrqAllocator, IrqError};
 use crate::memory::{Above, MemoryError, PluggableBlocks};
@@ -170,8 +171,8 @@ impl<'a> VirtioSlots<'a> {
         Ok(connector)
     }
 
-    pub(super) fn rng(&mut self) -> Result<(), AttachError> {
-        self.attach(Box::new(Rng::new().map_err(AttachError::Rng)?), Role::Io)
+    pub(super) fn rng(&mut self, config: RngConfig) -> Result<(), AttachError> {
+        self.attach(Box::new(Rng::new(config.limits).map_err(AttachError::Rng)?), Role::Io)
     }
 
     /// A balloon for a guest with `memory` bytes.

@@ -15,7 +15,7 @@ use super::exit::{ExitReason, panic_message};
 use super::{Hardware, Machine};
 use crate::arch::x86_64::{ArchError, cpuid, lapic, layout, msr, regs};
 use crate::bus::Bus;
-use crate::config::{MachineConfig, MemConfig, Placement, RngConfig, SerialConfig};
+use crate::config::{MachineConfig, MemConfig, Placement, SerialConfig};
 use crate::irq;
 use crate::memory::{self, Above, MemoryError, PluggableRegion};
 use crate::observe::TracePoints;
@@ -116,7 +116,7 @@ impl Machine {
         vhost_user.into_iter().try_for_each(|config| slots.vhost_user(config))?;
         let vsock = vsock.map(|config| slots.vsock(config)).transpose()?;
         vhost_vsock.map(|config| slots.vhost_vsock(config)).transpose()?;
-        rng.map(|RngConfig| slots.rng()).transpose()?;
+        rng.map(|config| slots.rng(config)).transpose()?;
         let balloon = balloon.map(|config| slots.balloon(&config, memory_config.size)).transpose()?;
         let pluggable =
             pluggable.map(|(config, region)| slots.pluggable(config, region.address, region.blocks)).transpose()?;

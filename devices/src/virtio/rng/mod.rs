@@ -1,20 +1,21 @@
 //! Entropy device (virtio 1.2 section 5.4): fills what the guest offers from `/dev/urandom`.
 
+mod engine;
 #[cfg(test)]
 mod tests;
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
-use tracing::debug;
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 
-use crate::virtio::queue::{Chain, QueueError, RING_FEATURES, VirtQueue};
-use crate::virtio::worker::{ChainHandler, QueueWorker};
+use crate::Subscriber;
+use crate::virtio::queue::{RING_FEATURES, VirtQueue};
+use crate::virtio::rate_limiter::{Budget, RateLimiter, RateLimits};
 use crate::virtio::{ActivateError, Activation, DeviceState, RestoreError, SaveError, VirtioDevice};
-use crate::{GuestMemory, Subscriber};
+use engine::Engine;
 
 const QUEUE_SIZE: u16 = 64;
 
@@ -26,12 +27,15 @@ pub const MAX_REQUEST: u32 = 64 << 10;
 pub struct Rng {
     /// Opened once, before privileges are dropped.
     source: Arc<File>,
+    /// What is left of the limits; a reset does not fill it.
+    budget: Arc<Mutex<Budget>>,
 }
 
 impl Rng {
-    /// Makes the device. Fails when `/dev/urandom` cannot be opened.
-    pub fn new() -> io::Result<Self> {
-        Ok(Self { source: Arc::new(File::open("/dev/urandom")?) })
+    /// Makes the device, which gives no more than `limits`. Fails when `/dev/urandom` cannot be opened.
+    pub fn new(limits: RateLimits) -> io::Result<Self> {
+        let budget = Arc::new(Mutex::new(Budget::new(limits, Instant::now())));
+        Ok(Self { source: Arc::new(File::open("/dev/urandom")?), budget })
     }
 }
 
@@ -54,8 +58,8 @@ impl VirtioDevice for Rng {
         let Activation { memory, queues, acked_features, interrupt } = activation;
         let queue = queues.into_iter().flatten().next().ok_or(ActivateError::QueueMissing(0))?;
         let queue = VirtQueue::new(queue, &memory, acked_features);
-        let handler = Entropy { source: Arc::clone(&self.source) };
-        Ok(Box::new(QueueWorker::new("rng", queue, handler, interrupt)))
+        let limiter = RateLimiter::new(Arc::clone(&self.budget)).map_err(ActivateError::Setup)?;
+        Ok(Box::new(Engine::new(queue, Arc::clone(&self.source), limiter, interrupt)))
     }
 
     fn save(&self) -> Result<DeviceState, SaveError> {
@@ -64,22 +68,5 @@ impl VirtioDevice for Rng {
 
     fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
         state.expect_nothing(VIRTIO_ID_RNG)
-    }
-}
-
-struct Entropy {
-    source: Arc<File>,
-}
-
-impl ChainHandler for Entropy {
-    fn handle(&mut self, memory: &GuestMemory, chain: &Chain) -> Result<u32, QueueError> {
-        let wanted = chain.writable();
-        let len = wanted.len().min(MAX_REQUEST);
-        let (part, _) = wanted.split_at(len).ok_or_else(|| chain.malformed())?;
-        let filled = part.buffers(memory)?.read_from(self.source.as_fd()).unwrap_or_else(|error| {
-            debug!(%error, "No entropy can be read");
-            0
-        });
-        Ok(u32::try_from(filled).unwrap_or(len))
     }
 }

@@ -8,7 +8,7 @@ use crate::testkit::{Buffer, Guest, PATIENCE, REGION_SIZE, Running};
 const DATA: u64 = 0x10_0000;
 
 fn start() -> Running {
-    Guest::new(Box::new(Rng::new().unwrap())).start(0)
+    Guest::new(Box::new(Rng::new(RateLimits::default()).unwrap())).start(0)
 }
 
 fn ask(running: &mut Running, buffers: &[Buffer]) -> u32 {
@@ -66,7 +66,7 @@ fn a_flood_of_requests_is_served_and_the_loop_stays_responsive() {
 fn a_driver_that_kicks_only_when_it_is_asked_to_is_never_forgotten() {
     for event_idx in [false, true] {
         let features = if event_idx { 1 << 29 } else { 0 };
-        let mut running = Guest::new(Box::new(Rng::new().unwrap())).start(features);
+        let mut running = Guest::new(Box::new(Rng::new(RateLimits::default()).unwrap())).start(features);
         let offer = |running: &mut Running| {
             running.rings[0].offer(&[Buffer::writable(DATA, 1)]);
             if running.rings[0].wants_kick(event_idx) {
@@ -98,4 +98,42 @@ fn a_loop_of_descriptors_needs_a_reset() {
     running.rings[0].publish(0);
     running.guest.kick(0);
     running.guest.wait_needs_reset();
+}
+
+#[test]
+fn a_limit_on_bytes_holds_back_what_is_more_and_gives_it_later() {
+    use crate::virtio::rate_limiter::BucketConfig;
+    use std::num::NonZeroU64;
+    // A bucket of one request that takes ten minutes to fill, and a burst of two requests.
+    let nonzero = |value| NonZeroU64::new(value).unwrap();
+    let bytes = BucketConfig { size: nonzero(1000), one_time_burst: 2000, refill_ns: nonzero(600_000_000_000) };
+    let limits = RateLimits { ops: None, bytes: Some(bytes) };
+    let mut running = Guest::new(Box::new(Rng::new(limits).unwrap())).start(0);
+    for _ in 0..5 {
+        running.rings[0].offer(&[Buffer::writable(DATA, 1000)]);
+    }
+    running.guest.kick(0);
+    assert_eq!(running.wait_used(0, 3).len(), 3);
+    // A driver that kicks again, or starts anew, gets no more.
+    for _ in 0..100 {
+        running.guest.kick(0);
+    }
+    running.guest.event_loop.settle();
+    assert_eq!(running.rings[0].take_used(), []);
+    running.guest.set_status(0);
+    let mut running = running.guest.start(0);
+    running.rings[0].offer(&[Buffer::writable(DATA, 1000)]);
+    running.guest.kick(0);
+    running.guest.event_loop.settle();
+    assert_eq!(running.rings[0].take_used(), []);
+
+    // A bucket that is full again soon: all requests are served in the end, without another kick.
+    let bytes = BucketConfig { size: nonzero(1000), one_time_burst: 0, refill_ns: nonzero(1_000_000) };
+    let limits = RateLimits { ops: None, bytes: Some(bytes) };
+    let mut running = Guest::new(Box::new(Rng::new(limits).unwrap())).start(0);
+    for _ in 0..20 {
+        running.rings[0].offer(&[Buffer::writable(DATA, 1000)]);
+    }
+    running.guest.kick(0);
+    assert_eq!(running.wait_used(0, 20).len(), 20);
 }

@@ -400,7 +400,7 @@ impl Backends {
         let missing =
             || LaunchError::Missing { user: "virtio-rng-device".into(), option: "-object rng-random", id: id.into() };
         match found.ok_or_else(missing)?.filename.to_str() {
-            Some("/dev/urandom" | "/dev/random") => Ok(RngConfig),
+            Some("/dev/urandom" | "/dev/random") => Ok(RngConfig::default()),
             _ => Err(conflict(format!("Entropy {id}"), "it comes from /dev/urandom or /dev/random")),
         }
     }
