@@ -34,6 +34,7 @@ pub mod kernel;
 pub mod machine;
 pub mod memory;
 pub mod observe;
+pub mod snapshot;
 pub mod stratovirt;
 pub mod vcpu;
 
@@ -45,5 +46,6 @@ pub use config::{
 pub use devices::virtio::balloon::{BalloonError, BalloonHandle, GuestStats};
 pub use devices::virtio::mem::{MemError, MemHandle};
 pub use devices::virtio::vsock::{ConnectError, Connector, HostEnd};
-pub use machine::{BuildError, ExitReason, Machine, StateError};
+pub use machine::{BuildError, ExitReason, Machine, RestoreError, StateError};
 pub use observe::TracePoints;
+pub use snapshot::SnapshotError;

@@ -13,4 +13,4 @@ pub use debug_port::{DEBUG_PORT, DebugPort};
 pub use event::{EventSink, MachineEvent};
 pub use i8042::{I8042, I8042_PORT, I8042_PORT_COUNT};
 pub use panic_port::{PANIC_PORT, PanicPort};
-pub use serial::{SERIAL_PORT, SERIAL_PORT_COUNT, Serial};
+pub use serial::{SERIAL_PORT, SERIAL_PORT_COUNT, Serial, SerialState};

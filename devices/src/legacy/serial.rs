@@ -3,6 +3,7 @@
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use serde::{Deserialize, Serialize};
 use vm_superio::Trigger;
 use vm_superio::serial::SerialEvents;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -43,6 +44,21 @@ impl Serial {
         Ok(Self { uart: Mutex::new(uart), tail, drained })
     }
 
+    /// A port as it was saved; `None` when the state holds more input than its buffer.
+    pub fn restored(line: EventFd, sink: Box<dyn Write + Send>, state: &SerialState) -> Option<Self> {
+        let tail = ConsoleTail::default();
+        let output = Output { sink, tail: tail.clone() };
+        let drained = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).ok()?);
+        let events = Drained(Arc::clone(&drained));
+        let uart = vm_superio::Serial::from_state(&state.registers(), Line(line), events, output).ok()?;
+        Some(Self { uart: Mutex::new(uart), tail, drained })
+    }
+
+    /// What a snapshot needs. The tail is not part of it: it is this process's.
+    pub fn save(&self) -> SerialState {
+        SerialState::of(&self.lock().state())
+    }
+
     /// The end of what the guest wrote.
     pub fn tail(&self) -> &ConsoleTail {
         &self.tail
@@ -61,6 +77,52 @@ impl Serial {
 
     fn lock(&self) -> MutexGuard<'_, Uart> {
         self.uart.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The registers and the input that the guest has not read.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SerialState {
+    divisor: [u8; 2],
+    interrupt_enable: u8,
+    interrupt_identification: u8,
+    line_control: u8,
+    line_status: u8,
+    modem_control: u8,
+    modem_status: u8,
+    scratch: u8,
+    input: Vec<u8>,
+}
+
+impl SerialState {
+    fn of(state: &vm_superio::SerialState) -> Self {
+        Self {
+            divisor: [state.baud_divisor_low, state.baud_divisor_high],
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            input: state.in_buffer.clone(),
+        }
+    }
+
+    fn registers(&self) -> vm_superio::SerialState {
+        let [baud_divisor_low, baud_divisor_high] = self.divisor;
+        vm_superio::SerialState {
+            baud_divisor_low,
+            baud_divisor_high,
+            interrupt_enable: self.interrupt_enable,
+            interrupt_identification: self.interrupt_identification,
+            line_control: self.line_control,
+            line_status: self.line_status,
+            modem_control: self.modem_control,
+            modem_status: self.modem_status,
+            scratch: self.scratch,
+            in_buffer: self.input.clone(),
+        }
     }
 }
 

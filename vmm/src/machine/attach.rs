@@ -37,6 +37,9 @@ use crate::observe::TracePoints;
 /// Why a device is not in the machine.
 #[derive(Debug, thiserror::Error)]
 pub enum AttachError {
+    /// A console that was saved with more input than it can hold.
+    #[error("The console's state holds more input than its buffer takes")]
+    SerialState,
     /// No interrupt.
     #[error("A device cannot interrupt the guest")]
     Irq(#[from] IrqError),
@@ -120,6 +123,7 @@ pub(super) struct VirtioSlots<'a> {
     lines: IrqAllocator,
     next_window: u64,
     loops: Loops,
+    transports: Vec<Arc<MmioTransport>>,
 }
 
 /// The threads that devices asked for.
@@ -139,7 +143,8 @@ impl<'a> VirtioSlots<'a> {
         confinement: Confinement,
     ) -> Self {
         let (lines, loops) = (IrqAllocator::default(), Loops { confinement, io: None, fs: None });
-        Self { vm, memory, bus, cmdline, lines, next_window: layout::MMIO_GAP_START, loops }
+        let transports = Vec::new();
+        Self { vm, memory, bus, cmdline, lines, next_window: layout::MMIO_GAP_START, loops, transports }
     }
 
     pub(super) fn fs(&mut self, config: FsConfig) -> Result<ShareControl, AttachError> {
@@ -205,9 +210,9 @@ impl<'a> VirtioSlots<'a> {
         self.attach(Box::new(Console::new(config)?), Role::Io)
     }
 
-    /// The event loops that were started for the devices.
-    pub(super) fn into_loops(self) -> Vec<Arc<LoopThread>> {
-        [self.loops.io, self.loops.fs].into_iter().flatten().collect()
+    /// The event loops that were started for the devices, and the devices in the order in which they came.
+    pub(super) fn into_parts(self) -> (Vec<Arc<LoopThread>>, Vec<Arc<MmioTransport>>) {
+        ([self.loops.io, self.loops.fs].into_iter().flatten().collect(), self.transports)
     }
 
     fn attach(&mut self, device: Box<dyn VirtioDevice>, role: Role) -> Result<(), AttachError> {
@@ -224,7 +229,9 @@ impl<'a> VirtioSlots<'a> {
                 .register_ioevent(kick, &IoEventAddress::Mmio(address), queue)
                 .map_err(|source| AttachError::Notification { queue, address, source })?;
         }
-        self.bus.insert(base, layout::MMIO_WINDOW, Arc::new(transport))?;
+        let transport = Arc::new(transport);
+        self.transports.push(Arc::clone(&transport));
+        self.bus.insert(base, layout::MMIO_WINDOW, transport)?;
         self.cmdline
             .add_virtio_mmio_device(layout::MMIO_WINDOW, GuestAddress(base), line, None)
             .map_err(AttachError::Cmdline)?;

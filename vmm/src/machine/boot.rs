@@ -7,7 +7,7 @@ use devices::GuestMemory;
 
 use crate::arch::x86_64::regs::{self, Entry};
 use crate::arch::x86_64::{ArchError, boot_params, layout, mptable, pvh};
-use crate::config::{BootConfig, MemoryConfig};
+use crate::config::BootConfig;
 use crate::kernel::{self, BootImages, Initrd, KernelError, LoadedKernel};
 use crate::memory::image::Placement;
 
@@ -56,7 +56,7 @@ pub(super) fn load(memory: &GuestMemory, config: &BootConfig, placement: Placeme
 /// Writes what the kernel reads about the machine, and returns how vCPU 0 enters it.
 pub(super) fn describe(
     memory: &GuestMemory,
-    memory_config: &MemoryConfig,
+    memory_size: u64,
     vcpus: u8,
     loaded: &Loaded,
     cmdline: &Cmdline,
@@ -67,9 +67,9 @@ pub(super) fn describe(
     let images = BootImages { cmdline_length, initrd };
 
     match kernel.entry {
-        Entry::Pvh(_) => pvh::write(memory, memory_config.size, &images)?,
+        Entry::Pvh(_) => pvh::write(memory, memory_size, &images)?,
         Entry::Linux64(_) | Entry::Linux32(_) => {
-            boot_params::write(memory, memory_config.size, &images, kernel.header.as_ref())?;
+            boot_params::write(memory, memory_size, &images, kernel.header.as_ref())?;
         }
     }
     mptable::write(memory, vcpus)?;

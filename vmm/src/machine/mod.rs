@@ -1,11 +1,14 @@
-//! A machine's life, one verb to a file: build, boot, attach, run, pause, stop, exit.
+//! A machine's life, one verb to a file: assemble, attach, build, boot, run, pause, snapshot, restore, stop, exit.
 
+mod assemble;
 mod attach;
 mod boot;
 mod build;
 pub mod exit;
 mod pause;
+mod restore;
 mod run;
+mod snapshot;
 mod stop;
 
 use std::fmt;
@@ -13,11 +16,13 @@ use std::io;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
-use kvm_ioctls::VmFd;
+use kvm_bindings::kvm_cpuid_entry2;
+use kvm_ioctls::{Kvm, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use devices::GuestMemory;
 use devices::legacy::Serial;
+use devices::virtio::MmioTransport;
 use devices::virtio::balloon::BalloonHandle;
 use devices::virtio::fs::ShareControl;
 use devices::virtio::mem::MemHandle;
@@ -32,6 +37,7 @@ pub use attach::AttachError;
 pub use boot::BootError;
 pub use build::BuildError;
 pub use exit::ExitReason;
+pub use restore::RestoreError;
 pub use run::StateError;
 
 /// A virtual machine of this process.
@@ -61,12 +67,17 @@ pub struct Machine {
     hardware: Mutex<Option<Hardware>>,
 }
 
-/// What is not used after the build, but is the machine.
+/// What is not used while the guest runs, but is the machine.
 struct Hardware {
     // Dropped before the memory that it uses.
-    _vm: VmFd,
+    vm: VmFd,
+    /// In the order of attachment.
+    transports: Vec<Arc<MmioTransport>>,
     _above: Above,
-    _memory: GuestMemory,
+    memory: GuestMemory,
+    kvm: Kvm,
+    /// What each processor was told about itself.
+    cpuid: Vec<Vec<kvm_cpuid_entry2>>,
 }
 
 impl Machine {

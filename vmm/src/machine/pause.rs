@@ -11,6 +11,6 @@ impl Machine {
 
     /// Lets the processors run on.
     pub fn resume(&self) -> Result<(), StateError> {
-        self.expect_alive(self.control.run())
+        self.start()
     }
 }

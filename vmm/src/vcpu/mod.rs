@@ -6,9 +6,11 @@ mod exits;
 mod fault;
 mod gate;
 mod kick;
+mod state;
 mod thread;
 
 pub use control::Control;
 pub use exits::Buses;
 pub use fault::VcpuFault;
+pub use state::{VcpuRestoreError, VcpuState};
 pub use thread::{SpawnError, VcpuThread};

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::atomic::{AtomicI32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 
 use kvm_ioctls::VcpuFd;
@@ -41,6 +41,8 @@ pub enum SpawnError {
 
 /// A processor's thread, as others see it.
 pub struct VcpuThread {
+    /// The thread's own: locked while it is in the guest, gone when it has left.
+    vcpu: Weak<Mutex<VcpuFd>>,
     immediate_exit: ImmediateExit,
     /// 0 until the thread has told.
     id: Arc<AtomicI32>,
@@ -60,6 +62,8 @@ impl VcpuThread {
         install_handler();
         let immediate_exit = ImmediateExit::map(&vcpu).map_err(|source| SpawnError::RunPage { vcpu: index, source })?;
         let id = Arc::new(AtomicI32::new(0));
+        let vcpu = Arc::new(Mutex::new(vcpu));
+        let shared = Arc::downgrade(&vcpu);
         let runner = Runner { index, vcpu, buses, control, trace };
         let handle = seccomp::spawn(confinement, Role::Vcpu, format!("vcpu{index}"), {
             let id = Arc::clone(&id);
@@ -70,12 +74,19 @@ impl VcpuThread {
             }
         })
         .map_err(|source| SpawnError::Thread { vcpu: index, source })?;
-        Ok(Self { immediate_exit, id, handle: Mutex::new(Some(handle)) })
+        Ok(Self { vcpu: shared, immediate_exit, id, handle: Mutex::new(Some(handle)) })
     }
 
     /// Its thread identifier; 0 until the thread has come to the gate.
     pub fn id(&self) -> i32 {
         self.id.load(Ordering::Acquire)
+    }
+
+    /// Does something with the processor, which stands at the gate; `None` when its thread has left.
+    pub fn with_vcpu<T>(&self, call: impl FnOnce(&VcpuFd) -> T) -> Option<T> {
+        let vcpu = self.vcpu.upgrade()?;
+        let vcpu = vcpu.lock().unwrap_or_else(PoisonError::into_inner);
+        Some(call(&vcpu))
     }
 
     /// Makes the thread look at the gate soon.
@@ -105,27 +116,28 @@ impl VcpuThread {
 /// What the thread owns.
 struct Runner {
     index: u8,
-    vcpu: VcpuFd,
+    /// Shared for the time at the gate, when the thread does not hold the lock.
+    vcpu: Arc<Mutex<VcpuFd>>,
     buses: Buses,
     control: Arc<Control>,
     trace: Arc<TracePoints>,
 }
 
 impl Runner {
-    fn run(mut self) {
+    fn run(self) {
         self.control.gate.arrive();
         // The signal mask comes from whoever built the machine.
         let _ = unblock_signal(kick_signal());
         let mut started = false;
         loop {
             // In this order: a kick that comes after the gate was read sets the flag again.
-            self.vcpu.set_kvm_immediate_exit(0);
+            self.vcpu().set_kvm_immediate_exit(0);
             match self.control.gate.pass() {
                 Pass::End => break,
                 Pass::Run { waited } if waited && started => {
                     // Else the guest's watchdog takes the pause for a processor that hangs.
                     // Fails where the guest does not use kvmclock.
-                    let _ = self.vcpu.kvmclock_ctrl();
+                    let _ = self.vcpu().kvmclock_ctrl();
                 }
                 Pass::Run { .. } => {}
             }
@@ -144,9 +156,15 @@ impl Runner {
         self.control.gate.leave();
     }
 
-    fn run_until_interrupted(&mut self) -> Outcome {
+    fn vcpu(&self) -> MutexGuard<'_, VcpuFd> {
+        self.vcpu.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns when no exit is half served: KVM completes what a device has answered when it is entered again.
+    fn run_until_interrupted(&self) -> Outcome {
+        let mut vcpu = self.vcpu();
         loop {
-            match run_once(&mut self.vcpu, &self.buses) {
+            match run_once(&mut vcpu, &self.buses) {
                 Outcome::Continue => {}
                 other => return other,
             }

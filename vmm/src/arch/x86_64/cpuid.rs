@@ -81,7 +81,13 @@ impl Template {
         vcpu.set_cpuid2(&cpuid).map_err(ArchError::vcpu(index, "KVM_SET_CPUID2"))
     }
 
-    fn entries_of(&self, index: u8) -> Vec<kvm_cpuid_entry2> {
+    /// What all processors have in common.
+    pub fn entries(&self) -> &[kvm_cpuid_entry2] {
+        &self.entries
+    }
+
+    /// What vCPU `index` is told.
+    pub fn entries_of(&self, index: u8) -> Vec<kvm_cpuid_entry2> {
         let apic_id = u32::from(index);
         let mut entries = self.entries.clone();
         for entry in &mut entries {
@@ -102,6 +108,83 @@ impl Template {
         }
         entries
     }
+}
+
+/// The words of bits that each say that the processor can do something: leaf, sub-leaf, register.
+const FEATURE_WORDS: [(u32, u32, Register); 14] = [
+    (LEAF_FEATURES, 0, Register::Ecx),
+    (LEAF_FEATURES, 0, Register::Edx),
+    (7, 0, Register::Ebx),
+    (7, 0, Register::Ecx),
+    (7, 0, Register::Edx),
+    (7, 1, Register::Eax),
+    (7, 1, Register::Edx),
+    (7, 2, Register::Edx),
+    (0xd, 0, Register::Eax),
+    (0xd, 1, Register::Eax),
+    (0x4000_0001, 0, Register::Eax),
+    (0x8000_0001, 0, Register::Ecx),
+    (0x8000_0001, 0, Register::Edx),
+    (LEAF_AMD_SIZES, 0, Register::Ebx),
+];
+
+/// One of the four that the instruction fills in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Register {
+    /// EAX.
+    Eax,
+    /// EBX.
+    Ebx,
+    /// ECX.
+    Ecx,
+    /// EDX.
+    Edx,
+}
+
+/// A guest was told of what this host does not have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum FeatureGap {
+    /// Another maker.
+    #[error("The processor's vendor is another one (CPUID leaf 0)")]
+    Vendor,
+    /// Bits.
+    #[error("CPUID leaf {leaf:#x}, sub-leaf {subleaf}, {register:?}: this host lacks {missing:#010x}")]
+    Features {
+        /// Number of the leaf.
+        leaf: u32,
+        /// Number of the sub-leaf.
+        subleaf: u32,
+        /// Which register.
+        register: Register,
+        /// The bits.
+        missing: u32,
+    },
+}
+
+/// Checks that `host` can do what `guest` was told that it can.
+pub fn missing_features(guest: &[kvm_cpuid_entry2], host: &[kvm_cpuid_entry2]) -> Result<(), FeatureGap> {
+    fn find(entries: &[kvm_cpuid_entry2], leaf: u32, subleaf: u32) -> Option<&kvm_cpuid_entry2> {
+        entries.iter().find(|entry| (entry.function, entry.index) == (leaf, subleaf))
+    }
+    let vendor = |entries| find(entries, LEAF_VENDOR, 0).map(|entry| (entry.ebx, entry.ecx, entry.edx));
+    if vendor(guest) != vendor(host) {
+        return Err(FeatureGap::Vendor);
+    }
+    for (leaf, subleaf, register) in FEATURE_WORDS {
+        let word = |entries| {
+            find(entries, leaf, subleaf).map_or(0, |entry| match register {
+                Register::Eax => entry.eax,
+                Register::Ebx => entry.ebx,
+                Register::Ecx => entry.ecx,
+                Register::Edx => entry.edx,
+            })
+        };
+        let missing = word(guest) & !word(host);
+        if missing != 0 {
+            return Err(FeatureGap::Features { leaf, subleaf, register, missing });
+        }
+    }
+    Ok(())
 }
 
 /// Bits of an APIC identifier that tell the cores of the socket apart.
@@ -162,6 +245,16 @@ fn topology(vcpus: u32) -> [kvm_cpuid_entry2; 3] {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_guest_needs_each_feature_that_it_was_told_of_and_no_more() {
+        let entry = |function, ecx| kvm_cpuid_entry2 { function, ecx, ..Default::default() };
+        let with = |features| [entry(LEAF_VENDOR, 1), entry(LEAF_FEATURES, features)];
+        assert_eq!(missing_features(&with(0b0110), &with(0b1110)), Ok(()));
+        let gap = FeatureGap::Features { leaf: 1, subleaf: 0, register: Register::Ecx, missing: 0b0010 };
+        assert_eq!(missing_features(&with(0b0110), &with(0b1100)), Err(gap));
+        assert_eq!(missing_features(&with(0), &[entry(LEAF_VENDOR, 2)]), Err(FeatureGap::Vendor));
+    }
 
     fn leaf(function: u32, eax: u32, ebx: u32, ecx: u32) -> kvm_cpuid_entry2 {
         kvm_cpuid_entry2 { function, eax, ebx, ecx, ..Default::default() }

@@ -1,0 +1,276 @@
+//! The virtual machine and its devices, for a guest that boots as for one that goes on.
+
+use std::io;
+use std::sync::{Arc, Mutex};
+
+use kvm_bindings::kvm_cpuid_entry2;
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use linux_loader::cmdline::Cmdline;
+use seccomp::Confinement;
+
+use devices::GuestMemory;
+use devices::legacy::{EventSink, MachineEvent, Serial, SerialState};
+use devices::virtio::MmioTransport;
+use devices::virtio::balloon::BalloonHandle;
+use devices::virtio::fs::ShareControl;
+use devices::virtio::mem::MemHandle;
+use devices::virtio::vsock::Connector;
+
+use super::attach::{self, AttachError, VirtioSlots};
+use super::exit::{ExitReason, panic_message};
+use super::{BuildError, Hardware, Machine};
+use crate::arch::x86_64::{cpuid, layout};
+use crate::bus::Bus;
+use crate::config::{MachineConfig, MemConfig, SerialConfig};
+use crate::event::LoopThread;
+use crate::irq;
+use crate::memory::{self, Above, PluggableRegion};
+use crate::observe::TracePoints;
+use crate::vcpu::{Buses, Control, VcpuThread};
+
+/// A machine without processors.
+pub(super) struct Assembly {
+    confinement: Confinement,
+    name: String,
+    control: Arc<Control>,
+    trace: Arc<TracePoints>,
+    buses: Buses,
+    serial: Arc<Serial>,
+    vsock: Option<Connector>,
+    balloon: Option<BalloonHandle>,
+    pluggable: Option<MemHandle>,
+    shares: Vec<ShareControl>,
+    loops: Vec<Arc<LoopThread>>,
+    hardware: Hardware,
+}
+
+impl Assembly {
+    /// Makes the virtual machine with `memory`, and its devices, which are appended to `cmdline`. Memory and boot
+    /// configuration are not looked at.
+    pub(super) fn new(
+        config: MachineConfig,
+        kvm: Kvm,
+        memory: GuestMemory,
+        cmdline: &mut Cmdline,
+        serial: Option<&SerialState>,
+    ) -> Result<Self, BuildError> {
+        config.confinement.announce();
+        let confinement = config.confinement;
+        let trace = Arc::new(TracePoints::default());
+        let vm = create_vm(&kvm, &memory, &trace)?;
+        let control = Arc::new(Control::new(config.vcpus).map_err(BuildError::EventFd)?);
+
+        let mut port = Bus::default();
+        let serial = attach_legacy(&vm, config.serial, &mut port, &control, &trace, serial)?;
+        let mut mmio = Bus::default();
+        let mut above = Above::new(&memory);
+        let pluggable =
+            config.pluggable.map(|config| reserve_pluggable(&vm, &memory, &mut above, config)).transpose()?;
+        let device_memory = pluggable.as_ref().map_or(&memory, |(_, region)| &region.memory).clone();
+        let mut slots = VirtioSlots::new(&vm, &device_memory, &mut mmio, cmdline, config.confinement);
+        // The guest names devices of a kind by this order.
+        let shares = config.fs.into_iter().map(|config| slots.fs(config)).collect::<Result<_, _>>()?;
+        config.blk.into_iter().try_for_each(|config| slots.blk(config))?;
+        config.net.into_iter().try_for_each(|config| slots.net(config))?;
+        config.vhost_user.into_iter().try_for_each(|config| slots.vhost_user(config))?;
+        let vsock = config.vsock.map(|config| slots.vsock(config)).transpose()?;
+        config.vhost_vsock.map(|config| slots.vhost_vsock(config)).transpose()?;
+        config.rng.map(|config| slots.rng(config)).transpose()?;
+        let size = config.memory.size;
+        let balloon = config.balloon.map(|config| slots.balloon(&config, size)).transpose()?;
+        let pluggable =
+            pluggable.map(|(config, region)| slots.pluggable(config, region.address, region.blocks)).transpose()?;
+        config.pmem.into_iter().try_for_each(|config| slots.pmem(config, &mut above))?;
+        config.console.map(|config| slots.console(config)).transpose()?;
+        let (loops, transports) = slots.into_parts();
+        let buses = Buses { port: Arc::new(port), mmio: Arc::new(mmio) };
+        let hardware = Hardware { vm, transports, _above: above, memory, kvm, cpuid: Vec::new() };
+        Ok(Self {
+            confinement,
+            name: config.name,
+            control,
+            trace,
+            buses,
+            serial,
+            vsock,
+            balloon,
+            pluggable,
+            shares,
+            loops,
+            hardware,
+        })
+    }
+
+    pub(super) fn memory(&self) -> &GuestMemory {
+        &self.hardware.memory
+    }
+
+    pub(super) fn vm(&self) -> &VmFd {
+        &self.hardware.vm
+    }
+
+    /// The virtio devices in the order in which they were attached.
+    pub(super) fn transports(&self) -> &[Arc<MmioTransport>] {
+        &self.hardware.transports
+    }
+
+    /// Makes processors as they come out of a reset.
+    pub(super) fn create_vcpus(&self, vcpus: u8) -> Result<Vec<VcpuFd>, BuildError> {
+        let processors = (0..vcpus).map(|index| self.hardware.vm.create_vcpu(index.into())).collect::<Result<_, _>>();
+        processors.map_err(|error| kvm_error("KVM_CREATE_VCPU", error))
+    }
+
+    /// What such processors can say about themselves on this host.
+    pub(super) fn cpuid(&self, processors: &[VcpuFd]) -> Result<cpuid::Template, BuildError> {
+        let vcpus = u8::try_from(processors.len()).unwrap_or(layout::MAX_VCPUS);
+        let template = cpuid::Template::new(&self.hardware.kvm, vcpus);
+        let mut template = template.map_err(|error| kvm_error("KVM_GET_SUPPORTED_CPUID", error))?;
+        // Fails on a host whose TSC is not stable: the guest finds out for itself.
+        if let Some(Ok(tsc_khz)) = processors.first().map(VcpuFd::get_tsc_khz) {
+            template.set_clock(tsc_khz);
+        }
+        Ok(template)
+    }
+
+    /// Starts a thread for each processor, which waits at the machine's gate. `cpuid` is what each was told.
+    pub(super) fn finish(
+        self,
+        processors: Vec<VcpuFd>,
+        cpuid: Vec<Vec<kvm_cpuid_entry2>>,
+    ) -> Result<Machine, BuildError> {
+        let Self {
+            confinement,
+            name,
+            control,
+            trace,
+            buses,
+            serial,
+            vsock,
+            balloon,
+            pluggable,
+            shares,
+            loops,
+            mut hardware,
+        } = self;
+        hardware.cpuid = cpuid;
+        spawn_processors(processors, &buses, &control, &trace, confinement)?;
+        let hardware = Mutex::new(Some(hardware));
+        Ok(Machine { name, control, trace, serial, vsock, balloon, pluggable, shares, loops, hardware })
+    }
+}
+
+pub(super) fn open_kvm() -> Result<Kvm, BuildError> {
+    let kvm = Kvm::new().map_err(|error| {
+        let source = io::Error::from(error);
+        match source.kind() {
+            io::ErrorKind::NotFound => BuildError::KvmMissing(source),
+            io::ErrorKind::PermissionDenied => BuildError::KvmDenied(source),
+            _ => BuildError::Kvm { call: "opening /dev/kvm", source },
+        }
+    })?;
+    Ok(kvm)
+}
+
+/// Makes the VM with its memory and interrupt controllers.
+///
+/// Memory comes first: the interrupt controllers put devices on KVM's buses, after which each
+/// change of the memory map waits for all readers of the old one.
+///
+/// There is no PIT: its emulation costs a kernel thread, and a kernel that knows kvmclock, or
+/// reads CPUID leaf 0x15, and the local APIC's deadline timer asks nothing of it.
+fn create_vm(kvm: &Kvm, memory: &GuestMemory, trace: &TracePoints) -> Result<VmFd, BuildError> {
+    let failed = |call| move |error| kvm_error(call, error);
+    let vm = retry(|| kvm.create_vm()).map_err(failed("KVM_CREATE_VM"))?;
+    trace.record_vm_created();
+    vm.set_tss_address(layout::KVM_TSS).map_err(failed("KVM_SET_TSS_ADDR"))?;
+    memory::attach(&vm, memory)?;
+    vm.create_irq_chip().map_err(failed("KVM_CREATE_IRQCHIP"))?;
+    Ok(vm)
+}
+
+/// `KVM_CREATE_VM` gives up when a signal arrives, any signal of a busy process.
+fn retry<T>(call: impl Fn() -> Result<T, kvm_ioctls::Error>) -> Result<T, kvm_ioctls::Error> {
+    const ATTEMPTS: u8 = 5;
+    let mut result = call();
+    for _ in 1..ATTEMPTS {
+        match result {
+            Err(error) if error.errno() == libc::EINTR => result = call(),
+            other => return other,
+        }
+    }
+    result
+}
+
+pub(super) fn kvm_error(call: &'static str, error: kvm_ioctls::Error) -> BuildError {
+    BuildError::Kvm { call, source: error.into() }
+}
+
+/// Checks what was asked for before memory is made for it.
+fn reserve_pluggable(
+    vm: &VmFd,
+    memory: &GuestMemory,
+    above: &mut Above,
+    config: MemConfig,
+) -> Result<(MemConfig, PluggableRegion), BuildError> {
+    config.check().map_err(AttachError::Mem)?;
+    let region = above.pluggable(vm, memory, config.size)?;
+    Ok((config, region))
+}
+
+fn attach_legacy(
+    vm: &VmFd,
+    config: SerialConfig,
+    bus: &mut Bus,
+    control: &Arc<Control>,
+    trace: &TracePoints,
+    state: Option<&SerialState>,
+) -> Result<Arc<Serial>, BuildError> {
+    let line = irq::wire(vm, irq::SERIAL_LINE).map_err(AttachError::Irq)?;
+    let serial = match state {
+        None => Serial::new(line, config.into_writer()).map_err(BuildError::EventFd)?,
+        Some(state) => Serial::restored(line, config.into_writer(), state).ok_or(AttachError::SerialState)?,
+    };
+    let serial = Arc::new(serial);
+    let tail = serial.tail().clone();
+    let control = Arc::clone(control);
+    let events: EventSink = Arc::new(move |event| {
+        control.end(match event {
+            MachineEvent::Reset => ExitReason::Reset,
+            MachineEvent::Shutdown => ExitReason::Shutdown,
+            MachineEvent::Panicked => ExitReason::Panicked(panic_message(&tail.snapshot())),
+        });
+    });
+    attach::legacy(bus, Arc::clone(&serial), events, trace)?;
+    Ok(serial)
+}
+
+/// Starts a thread for each processor, which waits at the gate of `control`.
+fn spawn_processors(
+    processors: Vec<VcpuFd>,
+    buses: &Buses,
+    control: &Arc<Control>,
+    trace: &Arc<TracePoints>,
+    confinement: Confinement,
+) -> Result<(), BuildError> {
+    let mut threads = Vec::with_capacity(processors.len());
+    let mut failed = None;
+    for (index, processor) in (0..).zip(processors) {
+        let (control, trace) = (Arc::clone(control), Arc::clone(trace));
+        match VcpuThread::spawn(index, processor, buses.clone(), control, trace, confinement) {
+            Ok(thread) => threads.push(thread),
+            Err(error) => {
+                failed = Some(error);
+                break;
+            }
+        }
+    }
+    control.adopt(threads);
+    match failed {
+        None => Ok(()),
+        Some(error) => {
+            control.end(ExitReason::Stopped);
+            control.join();
+            Err(error.into())
+        }
+    }
+}

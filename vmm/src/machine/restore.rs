@@ -1,0 +1,124 @@
+//! A machine from a directory: nothing boots.
+
+use std::path::Path;
+
+use kvm_ioctls::VcpuFd;
+use linux_loader::cmdline::Cmdline;
+
+use super::assemble::{Assembly, kvm_error, open_kvm};
+use super::snapshot::IRQCHIPS;
+use super::{BuildError, Machine};
+use crate::arch::x86_64::cpuid::{FeatureGap, missing_features};
+use crate::arch::x86_64::layout;
+use crate::config::{MachineConfig, MemoryBacking};
+use crate::memory;
+use crate::snapshot::{CodecError, MachineState, Manifest, ManifestError, VerifyError, codec, open_memory, read_state};
+use crate::vcpu::VcpuRestoreError;
+
+/// Why a machine could not be restored.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// There is no snapshot, or one of another format.
+    #[error("There is no snapshot that can be restored")]
+    Manifest(#[from] ManifestError),
+    /// Its files are not what its manifest says.
+    #[error("The snapshot is not complete")]
+    Files(#[from] VerifyError),
+    /// Its state file.
+    #[error("The snapshot's state cannot be read")]
+    State(#[from] CodecError),
+    /// The configuration has another number of something.
+    #[error("The snapshot has {saved} {what}, the machine's configuration {configured}")]
+    Differs {
+        /// Of what.
+        what: &'static str,
+        /// In the snapshot.
+        saved: u64,
+        /// In the configuration.
+        configured: u64,
+    },
+    /// A device that is not the one in the snapshot.
+    #[error("Device {position} does not take its state")]
+    Device {
+        /// Its place in the order of attachment.
+        position: usize,
+        /// Why.
+        #[source]
+        source: devices::virtio::RestoreError,
+    },
+    /// This host's processor is not enough.
+    #[error("This host's processor is not what the guest was told about its own")]
+    Cpu(#[from] FeatureGap),
+    /// A processor.
+    #[error("A processor cannot be restored")]
+    Vcpu(#[from] VcpuRestoreError),
+    /// The machine itself.
+    #[error("The machine to restore into cannot be built")]
+    Build(#[from] BuildError),
+}
+
+impl Machine {
+    /// Makes a machine that goes on where the one in `directory` was when it was saved. Its processors wait for
+    /// [`start`](Machine::start).
+    ///
+    /// `config` has what is this process's: files, directories, interfaces, sockets. The numbers of processors and of
+    /// bytes of memory, and the devices in their order, must be those of the snapshot; what is said about booting is
+    /// not looked at. Memory is a private mapping of the snapshot's, whatever backing is asked for, so that any number
+    /// of machines can be restored at a time and share what none of them writes to. Checked are the state and the
+    /// length of the memory file; see [`verify`](crate::snapshot::verify) for the rest.
+    pub fn restore(mut config: MachineConfig, directory: &Path) -> Result<Self, RestoreError> {
+        let manifest = Manifest::read(directory)?;
+        let state = codec::decode(&read_state(directory, &manifest.state)?)?;
+        expect("vCPUs", state.vcpus.len() as u64, config.vcpus.into())?;
+        expect("bytes of memory", state.memory_size, config.memory.size)?;
+        expect("bytes of memory", manifest.memory.length, config.memory.size)?;
+        expect("interrupt controllers", state.irqchips.len() as u64, IRQCHIPS.len() as u64)?;
+        super::build::check_vcpus(config.vcpus)?;
+
+        let kvm = open_kvm()?;
+        let file = open_memory(directory, &manifest.memory)?;
+        config.memory.backing = MemoryBacking::File { file, shared: false };
+        let memory = memory::reserve(&config.memory).map_err(BuildError::from)?;
+        // The guest has read it long ago.
+        let mut cmdline =
+            Cmdline::new(layout::CMDLINE_MAX).map_err(|error| BuildError::from(super::BootError::Cmdline(error)))?;
+        let vcpus = config.vcpus;
+        let assembly = Assembly::new(config, kvm, memory, &mut cmdline, Some(&state.serial))?;
+        restore_devices(&assembly, &state)?;
+        let processors = assembly.create_vcpus(vcpus)?;
+        restore_processors(&assembly, &state, &processors)?;
+        let cpuid = state.vcpus.iter().map(|vcpu| vcpu.cpuid().to_vec()).collect();
+        Ok(assembly.finish(processors, cpuid)?)
+    }
+}
+
+fn expect(what: &'static str, saved: u64, configured: u64) -> Result<(), RestoreError> {
+    if saved == configured { Ok(()) } else { Err(RestoreError::Differs { what, saved, configured }) }
+}
+
+fn restore_devices(assembly: &Assembly, state: &MachineState) -> Result<(), RestoreError> {
+    let transports = assembly.transports();
+    let pairs = transports.iter().zip(&state.devices).enumerate();
+    for (position, (transport, state)) in pairs {
+        transport.restore(state).map_err(|source| RestoreError::Device { position, source })?;
+    }
+    expect("virtio devices", state.devices.len() as u64, transports.len() as u64)
+}
+
+/// Interrupt controllers before processors, whose local APICs refer to them, and the clock before processors read it.
+fn restore_processors(assembly: &Assembly, state: &MachineState, processors: &[VcpuFd]) -> Result<(), RestoreError> {
+    let vm = assembly.vm();
+    for (chip, chip_id) in state.irqchips.iter().zip(IRQCHIPS) {
+        expect("as the identifier of an interrupt controller", chip.chip_id.into(), chip_id.into())?;
+        vm.set_irqchip(chip).map_err(|error| kvm_error("KVM_SET_IRQCHIP", error))?;
+    }
+    vm.set_clock(&state.clock).map_err(|error| kvm_error("KVM_SET_CLOCK", error))?;
+    let host = assembly.cpuid(processors)?;
+    if let Some(first) = state.vcpus.first() {
+        missing_features(first.cpuid(), host.entries())?;
+    }
+    for ((index, processor), state) in (0u8..).zip(processors).zip(&state.vcpus) {
+        state.restore(processor, index)?;
+    }
+    Ok(())
+}

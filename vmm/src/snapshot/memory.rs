@@ -1,0 +1,216 @@
+//! The memory file.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use sha2::{Digest, Sha256};
+use vm_memory::{Bytes, GuestMemory as _, GuestMemoryRegion, MemoryRegionAddress};
+
+use devices::GuestMemory;
+
+use super::manifest::{MemoryFile, StateFile};
+use super::{MEMORY, Manifest, ManifestError, STATE, SnapshotError, hex};
+use crate::memory::PAGE_SIZE;
+
+/// Bytes of a chunk, which has one checksum: the unit in which damage is found.
+const CHUNK: u64 = 1 << 20;
+
+/// Bits of an entry of `/proc/self/pagemap`: the page is present, or in swap.
+const PRESENT_OR_SWAPPED: u64 = 0b11 << 62;
+
+/// Why the files of a snapshot are not what the manifest says.
+#[derive(Debug, thiserror::Error)]
+pub enum VerifyError {
+    /// There is no manifest to verify them by.
+    #[error(transparent)]
+    Manifest(#[from] ManifestError),
+    /// A file cannot be read.
+    #[error("Cannot read {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// A file has another length.
+    #[error("{} has {present} bytes where the manifest says {expected}", path.display())]
+    Length {
+        /// The file.
+        path: PathBuf,
+        /// In the manifest.
+        expected: u64,
+        /// What is there.
+        present: u64,
+    },
+    /// A file was changed.
+    #[error("{} is damaged in the {length} bytes from {offset:#x} on", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// Where.
+        offset: u64,
+        /// How much the checksum covers.
+        length: u64,
+    },
+    /// The manifest contradicts itself.
+    #[error("The manifest has {present} checksums for a memory of {length} bytes in chunks of {chunk}")]
+    Chunks {
+        /// Checksums.
+        present: usize,
+        /// Bytes.
+        length: u64,
+        /// Bytes of a chunk.
+        chunk: u64,
+    },
+}
+
+/// Writes `memory` to a fresh file, without its pages of zeros.
+pub(crate) fn write(memory: &GuestMemory, file: &File, path: &Path) -> Result<MemoryFile, SnapshotError> {
+    let length: u64 = memory.iter().map(GuestMemoryRegion::len).sum();
+    file.set_len(length).map_err(SnapshotError::write(path))?;
+    let mut sha256 = Vec::new();
+    let mut start = 0;
+    for region in memory.iter() {
+        // Regions are multiples of a chunk but for the last, as the hole in memory begins at one.
+        write_region(region, file, start, &mut sha256).map_err(SnapshotError::write(path))?;
+        start += region.len();
+    }
+    Ok(MemoryFile { length, chunk: CHUNK, sha256 })
+}
+
+fn write_region(
+    region: &vm_memory::GuestRegionMmap<()>,
+    file: &File,
+    start: u64,
+    sha256: &mut Vec<Option<String>>,
+) -> io::Result<()> {
+    let touched = Touched::of(region)?;
+    let mut buffer = vec![0; usize::try_from(CHUNK).map_err(io::Error::other)?];
+    let mut offset = 0;
+    while offset < region.len() {
+        let length = CHUNK.min(region.len() - offset);
+        let chunk = buffer.get_mut(..usize::try_from(length).map_err(io::Error::other)?).unwrap_or_default();
+        let zero = if touched.any(offset, length) {
+            region.read_slice(chunk, MemoryRegionAddress(offset)).map_err(io::Error::other)?;
+            write_pages(chunk, file, start + offset)?
+        } else {
+            true
+        };
+        sha256.push((!zero).then(|| hex(&Sha256::digest(chunk))));
+        offset += length;
+    }
+    Ok(())
+}
+
+/// Writes the runs of pages that are not zeros; true when there are none.
+fn write_pages(chunk: &[u8], file: &File, start: u64) -> io::Result<bool> {
+    const PAGE: usize = 4096;
+    static ZEROS: [u8; PAGE] = [0; PAGE];
+    let is_zero = |page: &&[u8]| ZEROS.starts_with(page);
+    let pages: Vec<&[u8]> = chunk.chunks(PAGE).collect();
+    let mut zero = true;
+    let mut offset = 0;
+    for run in pages.chunk_by(|a, b| is_zero(a) == is_zero(b)) {
+        let length = run.iter().map(|page| page.len()).sum::<usize>();
+        if !run.first().is_some_and(is_zero) {
+            zero = false;
+            let bytes = chunk.get(offset..offset + length).unwrap_or_default();
+            file.write_all_at(bytes, start + offset as u64)?;
+        }
+        offset += length;
+    }
+    Ok(zero)
+}
+
+/// Which pages of an anonymous region exist. Of others, nobody knows what the file has.
+struct Touched(Option<Vec<u64>>);
+
+impl Touched {
+    fn of(region: &vm_memory::GuestRegionMmap<()>) -> io::Result<Self> {
+        if region.file_offset().is_some() {
+            return Ok(Self(None));
+        }
+        let host = region.get_host_address(MemoryRegionAddress(0)).map_err(io::Error::other)?;
+        let entries = usize::try_from(region.len() / PAGE_SIZE).map_err(io::Error::other)?;
+        let mut bytes = vec![0; entries * 8];
+        File::open("/proc/self/pagemap")?.read_exact_at(&mut bytes, host as u64 / PAGE_SIZE * 8)?;
+        let (entries, _) = bytes.as_chunks::<8>();
+        Ok(Self(Some(entries.iter().map(|entry| u64::from_le_bytes(*entry)).collect())))
+    }
+
+    fn any(&self, offset: u64, length: u64) -> bool {
+        let Some(entries) = &self.0 else { return true };
+        let index = |bytes: u64| usize::try_from(bytes / PAGE_SIZE).unwrap_or(usize::MAX);
+        let pages = entries.get(index(offset)..index(offset + length));
+        pages.is_none_or(|pages| pages.iter().any(|entry| entry & PRESENT_OR_SWAPPED != 0))
+    }
+}
+
+/// Opens the memory file for mapping. Its size is what the manifest says, so that no page of the mapping is missing.
+pub(crate) fn open(directory: &Path, expected: &MemoryFile) -> Result<File, VerifyError> {
+    open_exact(directory.join(MEMORY), expected.length)
+}
+
+fn open_exact(path: PathBuf, expected: u64) -> Result<File, VerifyError> {
+    match File::open(&path).and_then(|file| Ok((file.metadata()?, file))) {
+        Ok((metadata, _)) if !metadata.is_file() => {
+            Err(VerifyError::Read { path, source: io::ErrorKind::InvalidInput.into() })
+        }
+        Ok((metadata, file)) if metadata.len() == expected => Ok(file),
+        Ok((metadata, _)) => Err(VerifyError::Length { path, expected, present: metadata.len() }),
+        Err(source) => Err(VerifyError::Read { path, source }),
+    }
+}
+
+/// Reads the state file, which must be what the manifest says.
+pub(crate) fn read_state(directory: &Path, expected: &StateFile) -> Result<Vec<u8>, VerifyError> {
+    let path = directory.join(STATE);
+    let length = expected.length;
+    if length > super::codec::MAX_LEN {
+        return Err(VerifyError::Length { path, expected: super::codec::MAX_LEN, present: length });
+    }
+    let file = open_exact(path.clone(), length)?;
+    let mut bytes = vec![0; usize::try_from(length).unwrap_or_default()];
+    if let Err(source) = file.read_exact_at(&mut bytes, 0) {
+        return Err(VerifyError::Read { path, source });
+    }
+    if hex(&Sha256::digest(&bytes)) != expected.sha256 {
+        return Err(VerifyError::Damaged { path, offset: 0, length });
+    }
+    Ok(bytes)
+}
+
+/// Compares all of the snapshot in `directory` with its manifest. Restoring looks at the state and at sizes alone, as
+/// reading all memory takes longer than everything else that it does: call this first for a snapshot that comes from
+/// far away.
+pub fn verify(directory: &Path) -> Result<(), VerifyError> {
+    let manifest = Manifest::read(directory)?;
+    read_state(directory, &manifest.state)?;
+    let MemoryFile { length, chunk, sha256 } = &manifest.memory;
+    let chunks = if *chunk == CHUNK { length.div_ceil(CHUNK) } else { u64::MAX };
+    if chunks != sha256.len() as u64 {
+        return Err(VerifyError::Chunks { present: sha256.len(), length: *length, chunk: *chunk });
+    }
+    let path = directory.join(MEMORY);
+    let file = open(directory, &manifest.memory)?;
+    let mut buffer = vec![0; usize::try_from(CHUNK).unwrap_or_default()];
+    for (index, sum) in (0..).zip(sha256) {
+        let offset = index * CHUNK;
+        let piece = CHUNK.min(length - offset);
+        let bytes = buffer.get_mut(..usize::try_from(piece).unwrap_or_default()).unwrap_or_default();
+        if let Err(source) = file.read_exact_at(bytes, offset) {
+            return Err(VerifyError::Read { path, source });
+        }
+        let sound = match sum {
+            Some(sum) => hex(&Sha256::digest(&*bytes)) == *sum,
+            None => bytes.iter().all(|byte| *byte == 0),
+        };
+        if !sound {
+            return Err(VerifyError::Damaged { path, offset, length: piece });
+        }
+    }
+    Ok(())
+}
