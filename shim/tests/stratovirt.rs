@@ -223,6 +223,28 @@ fn a_frozen_machine_does_not_run() {
 }
 
 #[test]
+fn threads_are_under_filters_unless_asked_not_to_be() {
+    if !kvm() {
+        return;
+    }
+    let host = Host::new(&Guest::default().echo().end(SHUTDOWN));
+    for (words, mode, warned) in [(&[][..], "2", false), (&["-disable-seccomp"], "0", true)] {
+        let words = [&["-D", "-S", "-serial", "socket,path=console,server,nowait"], words].concat();
+        let mut child = host.command(&words).stderr(Stdio::piped()).spawn().unwrap();
+        let processor = || {
+            let tasks = fs::read_dir(format!("/proc/{}/task", child.id())).ok()?;
+            let statuses = tasks.filter_map(|task| fs::read_to_string(task.ok()?.path().join("status")).ok());
+            statuses.into_iter().find(|status| status.starts_with("Name:\tvcpu"))
+        };
+        let modes = || Some(processor()?.lines().find_map(|line| line.strip_prefix("Seccomp:\t"))?.to_owned());
+        eventually("the processor under its filter", || (modes()? == mode).then_some(()));
+        child.kill().unwrap();
+        let said = text(&child.wait_with_output().unwrap().stderr);
+        assert_eq!(said.contains("WARN"), warned, "{said}");
+    }
+}
+
+#[test]
 fn a_daemon_returns_when_the_machine_is_built_and_leaves_its_id() {
     if !kvm() {
         return;

@@ -104,6 +104,9 @@ pub struct CommandLine {
     /// Write the process's id to this file; with -daemonize only
     #[arg(long, value_name = "FILE", requires = "daemonize", help_heading = PROCESS)]
     pub pidfile: Option<PathBuf>,
+    /// Let the machine's threads make every system call; the log says so loudly
+    #[arg(long, help_heading = PROCESS)]
+    pub disable_seccomp: bool,
     /// Log to a file, or to standard error where none is named; STRATOVIRT_LOG_LEVEL says how much
     #[arg(short = 'D', value_name = "FILE", num_args = 0..=1, help_heading = PROCESS)]
     pub log: Option<Option<PathBuf>>,

@@ -53,7 +53,6 @@ pub const OPTIONS: &[(&str, Operand, Support)] = &[
     ("battery", Operand::None, Support::Ignored(NO_FIRMWARE)),
     ("boot", Operand::Any, Support::Ignored(LIBVIRT)),
     ("cpu", Operand::List("model"), Support::Compatible),
-    ("disable-seccomp", Operand::None, Support::Ignored("the system calls of this process are not restricted yet")),
     ("display", Operand::Any, Support::Ignored(LIBVIRT)),
     ("global", Operand::Any, Support::Ignored("a microvm has none of the devices that it is for")),
     ("hardware-signature", Operand::Any, Support::Ignored(NO_FIRMWARE)),

@@ -87,7 +87,7 @@ fn katas_command_line_is_read_whole() {
     assert_eq!(line.machine, Some(MachineOption { dump_guest_core: false, mem_share: true }));
     assert_eq!(line.append.as_deref(), Some("root=/dev/vda reboot=k panic=1 -- -x"));
     assert_eq!(line.log, Some(None));
-    assert!(!line.freeze && !line.daemonize);
+    assert!(line.disable_seccomp && !line.freeze && !line.daemonize);
     let address = Place::Unix("/run/vc/vm/x/qmp.socket".into());
     assert_eq!(line.qmp, [Qmp { address, server: true, nowait: true }]);
     assert_eq!(
@@ -126,6 +126,7 @@ fn defaults_are_stratovirts() {
     assert_eq!((line.drive[0].direct, line.drive[0].engine()), (true, Aio::Native));
     assert_eq!(line.incoming, Some(Incoming { from: Place::File("/t".into()), mapped: true }));
     assert_eq!((line.smp, line.memory, line.log), (None, None, None));
+    assert!(!line.disable_seccomp);
 }
 
 #[test]

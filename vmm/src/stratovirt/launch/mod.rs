@@ -24,7 +24,8 @@ use super::command_line::device::{
 };
 use super::command_line::machine::{FileMemoryBackend, Numa, Object};
 use crate::config::{
-    BalloonConfig, BootConfig, MachineConfig, MemoryBacking, MemoryConfig, PortConfig, RngConfig, SerialConfig,
+    BalloonConfig, BootConfig, Confinement, MachineConfig, MemoryBacking, MemoryConfig, PortConfig, RngConfig,
+    SerialConfig,
 };
 
 pub use streams::{Input, Sockets};
@@ -148,6 +149,9 @@ impl Launch {
         let boot = BootConfig { kernel, initrd, cmdline: append.unwrap_or_default() };
         let mut machine = MachineConfig::new(name.unwrap_or_else(|| "microvm".into()), memory, boot);
         machine.vcpus = smp.map_or(1, |smp| smp.cpus);
+        if line.disable_seccomp {
+            machine.confinement = Confinement::Off;
+        }
 
         let mut backends = Backends::new(line.drive, line.netdev, line.chardev, line.object);
         for device in line.device {
