@@ -155,7 +155,7 @@ impl<'a> VirtioSlots<'a> {
     }
 
     pub(super) fn blk(&mut self, config: BlkConfig) -> Result<(), AttachError> {
-        self.attach(Box::new(Blk::new(config)?), Role::Io)
+        self.attach(Box::new(Blk::new(BlkConfig { confinement: self.loops.confinement, ..config })?), Role::Io)
     }
 
     pub(super) fn net(&mut self, config: NetConfig) -> Result<(), AttachError> {

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 
+use seccomp::Confinement;
 use vm_memory::{ByteValued, Le16, Le32, Le64};
 
 use super::image::ImageError;
@@ -95,6 +96,8 @@ pub struct BlkConfig {
     pub logical_block_size: Option<u32>,
     /// How much the guest may do.
     pub limits: RateLimits,
+    /// Whether threads of the engine are confined like the event loop that they work for.
+    pub confinement: Confinement,
 }
 
 impl BlkConfig {
@@ -112,6 +115,7 @@ impl BlkConfig {
             queue_size: 256,
             logical_block_size: None,
             limits: RateLimits::default(),
+            confinement: Confinement::On,
         }
     }
 

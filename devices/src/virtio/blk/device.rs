@@ -86,7 +86,8 @@ impl Blk {
         if config.engine == EngineKind::IoUring && disk.file().is_none() {
             return Err(BlkErrorKind::EngineFormat);
         }
-        let engine = engine::new(config.engine, &disk).map_err(|source| BlkErrorKind::Engine(config.engine, source))?;
+        let engine = engine::new(config.engine, &disk, config.confinement);
+        let engine = engine.map_err(|source| BlkErrorKind::Engine(config.engine, source))?;
         let mut serial = [0; VIRTIO_BLK_ID_BYTES as usize];
         for (target, source) in serial.iter_mut().zip(config.serial.bytes()) {
             *target = source;

@@ -27,6 +27,9 @@ pub struct Drive {
     /// Operations of a second.
     #[serde(rename = "throttling.iops-total")]
     pub iops: Option<u64>,
+    /// Bytes of a second.
+    #[serde(rename = "throttling.bps-total")]
+    pub bps: Option<u64>,
 }
 
 /// The ways of carrying out requests.

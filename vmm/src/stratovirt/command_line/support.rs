@@ -42,7 +42,6 @@ const OFF: &[&str] = &["off", "false", "no"];
 const NO_PCI: &str = "a microvm has no PCI bus, its devices are on MMIO";
 const NO_FIRMWARE: &str = "a microvm has neither firmware nor ACPI";
 const ONE_LOOP: &str = "devices share one thread, and those that wait for the host have their own";
-const PAGE_CACHE: &str = "checked, and requests go through the host's page cache on the devices' thread";
 const NO_RATE: &str = "each request has a limit, their number has none";
 const LIBVIRT: &str = "libvirt gives it to every machine";
 const ARM: &str = "it belongs to machines for Arm";
@@ -111,17 +110,14 @@ const KINDS: &[(&str, &str, Support)] = &[
 const PROPERTIES: &[(&str, &str, &str, Support)] = &[
     ("device", "virtio-mem-device", "memaddr", Support::Ignored("the machine places it above its other memory")),
     ("device", "virtio-mem-device", "memdev", Support::Partly("a memory-backend-ram only")),
-    ("drive", "", "aio", Support::Partly(PAGE_CACHE)),
-    ("drive", "", "direct", Support::Partly(PAGE_CACHE)),
-    ("drive", "", "discard", Support::Ignored("the guest is offered no discard")),
-    ("drive", "", "throttling.iops-total", Support::Absent),
+    ("drive", "", "aio", Support::Partly("native is done by threads, past the page cache")),
+    ("drive", "", "discard", Support::Ignored("a guest that may write is always offered discard and write zeroes")),
+    ("drive", "", "throttling.bps-total", Support::Extended("bytes of a second")),
     ("netdev", "tap", "vhost", Support::Absent),
     ("netdev", "tap", "vhostfd", Support::Absent),
     ("netdev", "tap", "vhostfds", Support::Absent),
     ("netdev", "tap", "queues", Support::Partly("1 only")),
     ("netdev", "vhost-user", "queues", Support::Partly("1 only")),
-    ("device", "virtio-blk-device", "num-queues", Support::Partly("1 only")),
-    ("device", "virtio-blk-device", "queue-size", Support::Partly("256 only")),
     ("device", "virtio-net-device", "queue-size", Support::Partly("256 only, but for vhost-user")),
     ("device", "virtio-net-device", "mq", Support::Partly("off only")),
     ("device", "virtio-rng-device", "max-bytes", Support::Ignored(NO_RATE)),

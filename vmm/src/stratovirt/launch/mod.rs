@@ -3,17 +3,21 @@
 
 mod network;
 mod streams;
+#[cfg(test)]
+mod tests;
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::num::NonZeroU64;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use devices::virtio::blk::BlkConfig;
+use devices::virtio::blk::{BlkConfig, EngineKind};
 use devices::virtio::fs::{CachePolicy, FsConfig};
 use devices::virtio::mem::{MIN_BLOCK_SIZE, MemConfig};
 use devices::virtio::net::TapError;
 use devices::virtio::pmem::PmemConfig;
+use devices::virtio::rate_limiter::{BucketConfig, RateLimits};
 use devices::virtio::vhost_user::{Patience, VhostUserConfig, VhostUserKind};
 
 use super::command_line::CommandLine;
@@ -300,26 +304,33 @@ impl Backends {
 
     fn drive(&mut self, device: BlkDevice) -> Result<BlkConfig, LaunchError> {
         let BlkDevice { id, drive, serial, num_queues, queue_size } = device;
-        if num_queues.unwrap_or(1) != 1 || queue_size.unwrap_or(QUEUE_SIZE) != QUEUE_SIZE {
-            return Err(conflict(format!("Device {id}"), "a drive has one queue of 256 entries"));
-        }
         let missing = || LaunchError::Missing { user: format!("Device {id}"), option: "-drive", id: drive.clone() };
         let index = self.drives.iter().position(|known| known.id == drive).ok_or_else(missing)?;
         let drive = self.drives.swap_remove(index);
         let what = || format!("Drive {} with direct={}", drive.id, if drive.direct { "on" } else { "off" });
-        match (drive.direct, drive.engine()) {
+        let engine = match (drive.direct, drive.engine()) {
             (true, Aio::Off) => return Err(conflict(what(), "past the page cache there is no aio=off")),
             (false, Aio::Native) => return Err(conflict(what(), "aio=native needs direct=on")),
-            _ => {}
-        }
-        if drive.iops.is_some() {
-            return Err(LaunchError::Absent("limit for drives"));
-        }
+            (false, Aio::Off) => EngineKind::Inline,
+            (_, Aio::IoUring) => EngineKind::IoUring,
+            (_, Aio::Native | Aio::Threads) => EngineKind::Threads,
+        };
+        // A limit of 0 is none, as for QEMU.
+        let limit = |rate: Option<u64>| rate.and_then(NonZeroU64::new).map(BucketConfig::per_second);
         let mut options = OpenOptions::new();
         options.read(true).write(!drive.readonly).custom_flags(libc::O_CLOEXEC);
         let file =
             options.open(&drive.file).map_err(|source| LaunchError::File { path: drive.file.clone(), source })?;
-        Ok(BlkConfig { read_only: drive.readonly, serial: serial.unwrap_or_default(), ..BlkConfig::new(id, file) })
+        Ok(BlkConfig {
+            read_only: drive.readonly,
+            serial: serial.unwrap_or_default(),
+            engine,
+            direct: drive.direct,
+            queues: num_queues.unwrap_or(1),
+            queue_size: queue_size.unwrap_or(QUEUE_SIZE),
+            limits: RateLimits { ops: limit(drive.iops), bytes: limit(drive.bps) },
+            ..BlkConfig::new(id, file)
+        })
     }
 
     /// The socket of a process that serves a device.

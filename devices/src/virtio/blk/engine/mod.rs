@@ -10,6 +10,7 @@ mod uring;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use seccomp::Confinement;
 use vmm_sys_util::eventfd::EventFd;
 
 use self::inline::Inline;
@@ -60,10 +61,10 @@ pub(super) fn lock(engine: &SharedEngine) -> MutexGuard<'_, Box<dyn Engine>> {
 }
 
 /// Makes an engine for `disk`. The I/O ring works on raw images only.
-pub(super) fn new(kind: EngineKind, disk: &Arc<Disk>) -> io::Result<SharedEngine> {
+pub(super) fn new(kind: EngineKind, disk: &Arc<Disk>, confinement: Confinement) -> io::Result<SharedEngine> {
     let engine: Box<dyn Engine> = match kind {
         EngineKind::Inline => Box::new(Inline::new(Arc::clone(disk))),
-        EngineKind::Threads => Box::new(Threads::new(disk)?),
+        EngineKind::Threads => Box::new(Threads::new(disk, confinement)?),
         EngineKind::IoUring => Box::new(Uring::new(disk)?),
     };
     Ok(Arc::new(Mutex::new(engine)))

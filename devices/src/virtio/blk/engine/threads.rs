@@ -3,9 +3,10 @@
 use std::collections::VecDeque;
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 
 use libc::EFD_CLOEXEC;
+use seccomp::{Confinement, Role};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{Completion, Engine};
@@ -40,7 +41,7 @@ struct State {
 }
 
 impl Threads {
-    pub fn new(disk: &Arc<Disk>) -> io::Result<Self> {
+    pub fn new(disk: &Arc<Disk>, confinement: Confinement) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             state: Mutex::default(),
             work: Condvar::new(),
@@ -52,7 +53,7 @@ impl Threads {
         let mut pool = Self { shared, threads: Vec::with_capacity(THREADS) };
         for _ in 0..THREADS {
             let shared = Arc::clone(&pool.shared);
-            let thread = thread::Builder::new().name("blk".into()).spawn(move || shared.run())?;
+            let thread = seccomp::spawn(confinement, Role::Io, "blk".into(), move || shared.run())?;
             pool.threads.push(thread);
         }
         Ok(pool)
