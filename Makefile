@@ -14,7 +14,7 @@ AGENT   := target-guest/$(TARGET)/guest/inlay-agent
 INLAY   := target/release/inlay
 HOST    := target/debug/nested-host
 
-.PHONY: help demo test bench guest install setup build lint unit e2e deny FORCE
+.PHONY: help demo test bench fuzz guest install setup build lint unit e2e deny FORCE
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,6 +65,9 @@ unit: setup $(AGENT) ## Unit tests, and tests on this machine's own /dev/kvm whe
 e2e: build guest ## Containers through real containerd, in the nested host where there is no virtualization
 	$(HOST) setup
 	$(HOST) test
+
+fuzz: setup ## Fuzz what guests, backends and files may say, SECONDS=60 for each target
+	SECONDS_PER_TARGET=$(or $(SECONDS),60) tests/fuzz/run
 
 deny: ## Check the licences of everything that is linked (needs cargo-deny)
 	cargo deny check licenses bans sources
