@@ -4,6 +4,7 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 
+use seccomp::Confinement;
 use virtio_bindings::virtio_mmio::*;
 
 use crate::BusDevice;
@@ -27,7 +28,7 @@ fn blk(sectors: u64) -> Box<dyn VirtioDevice> {
     let file = tempfile::tempfile().unwrap();
     file.set_len(sectors * 512).unwrap();
     let config = BlkConfig::new("disk", file);
-    Box::new(Blk::new(config).unwrap())
+    Box::new(Blk::new(config, Confinement::On).unwrap())
 }
 
 fn vsock(guest_cid: u64) -> Box<dyn VirtioDevice> {

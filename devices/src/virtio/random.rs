@@ -4,6 +4,7 @@
 //! as good as new.
 
 use proptest::prelude::*;
+use seccomp::Confinement;
 use virtio_bindings::virtio_mmio::*;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -21,7 +22,7 @@ fn blk() -> Box<Blk> {
     let file = tempfile::tempfile().unwrap();
     file.set_len(1 << 20).unwrap();
     let config = BlkConfig::new("d", file);
-    Box::new(Blk::new(config).unwrap())
+    Box::new(Blk::new(config, Confinement::On).unwrap())
 }
 
 /// Register values that get somewhere, and any others.

@@ -6,9 +6,10 @@ use std::fs::File;
 use std::sync::LazyLock;
 
 use arbitrary::Arbitrary;
-use devices::virtio::blk::{Blk, BlkConfig};
+use devices::virtio::blk::{Blk, BlkConfig, EngineKind};
 use inlay_fuzz::{Case, Request, play};
 use libfuzzer_sys::fuzz_target;
+use seccomp::Confinement;
 
 const SECTORS: u64 = 64;
 
@@ -75,7 +76,9 @@ impl Request for DiskRequest {
 fuzz_target!(|input: (bool, Case<DiskRequest>)| {
     let (read_only, case) = input;
     let file = IMAGE.try_clone().expect("The image again");
-    let config = BlkConfig { read_only, serial: "serial".into(), queues: 2, ..BlkConfig::new("disk", file) };
-    play(Box::new(Blk::new(config).expect("A disk")), &case);
+    // The same input does the same each time.
+    let engine = EngineKind::Inline;
+    let config = BlkConfig { read_only, serial: "serial".into(), queues: 2, engine, ..BlkConfig::new("disk", file) };
+    play(Box::new(Blk::new(config, Confinement::On).expect("A disk")), &case);
     assert_eq!(IMAGE.metadata().expect("An image").len(), SECTORS * 512, "No request makes a disk larger");
 });

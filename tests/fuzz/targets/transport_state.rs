@@ -7,7 +7,7 @@ use std::sync::Arc;
 use arbitrary::Arbitrary;
 use devices::testkit::{HIGH_REGION, REGION_SIZE, memory};
 use devices::virtio::balloon::{Balloon, BalloonConfig};
-use devices::virtio::blk::{Blk, BlkConfig};
+use devices::virtio::blk::{Blk, BlkConfig, EngineKind};
 use devices::virtio::console::{Console, ConsoleConfig, PortConfig, PortEnd};
 use devices::virtio::fs::{CachePolicy, Fs, FsConfig};
 use devices::virtio::mem::{Mem, MemConfig, PluggableMemory};
@@ -68,7 +68,9 @@ fn device(kind: Kind) -> Box<dyn VirtioDevice> {
         Kind::Blk => {
             let file = tempfile::tempfile_in("/dev/shm").expect("An image");
             file.set_len(4096).expect("An image of some sectors");
-            Box::new(Blk::new(BlkConfig::new("disk", file)).expect("A disk"))
+            // The same input does the same each time.
+            let config = BlkConfig { engine: EngineKind::Inline, ..BlkConfig::new("disk", file) };
+            Box::new(Blk::new(config, Confinement::On).expect("A disk"))
         }
         Kind::Console => {
             let host = PortEnd::Streams { input: None, output: None };

@@ -15,6 +15,7 @@ use arbitrary::Arbitrary;
 use devices::testkit::{Guest, memory};
 use devices::virtio::vhost_user::{Patience, VhostUser, VhostUserConfig, VhostUserKind};
 use libfuzzer_sys::fuzz_target;
+use seccomp::Confinement;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 const GET_FEATURES: u32 = 1;
@@ -180,7 +181,7 @@ fuzz_target!(|input: Input| {
     let patience = Patience { answers: PATIENCE, first_retry: PATIENCE, longest_retry: PATIENCE, absence: PATIENCE };
     let config = VhostUserConfig { id: "backend".into(), socket, kind, num_queues: 1, queue_size: 16, patience };
     let memory = memory();
-    if let Ok(device) = VhostUser::new(config, &memory) {
+    if let Ok(device) = VhostUser::new(config, &memory, Confinement::On) {
         let guest = Guest::with_memory(Box::new(device), memory);
         let running = guest.bring_up(0, |_, _| {});
         let deadline = Instant::now() + PATIENCE;

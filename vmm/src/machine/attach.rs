@@ -155,7 +155,7 @@ impl<'a> VirtioSlots<'a> {
     }
 
     pub(super) fn blk(&mut self, config: BlkConfig) -> Result<(), AttachError> {
-        self.attach(Box::new(Blk::new(BlkConfig { confinement: self.loops.confinement, ..config })?), Role::Io)
+        self.attach(Box::new(Blk::new(config, self.loops.confinement)?), Role::Io)
     }
 
     pub(super) fn net(&mut self, config: NetConfig) -> Result<(), AttachError> {
@@ -163,7 +163,7 @@ impl<'a> VirtioSlots<'a> {
     }
 
     pub(super) fn vhost_user(&mut self, config: VhostUserConfig) -> Result<(), AttachError> {
-        self.attach(Box::new(VhostUser::new(config, self.memory)?), Role::Io)
+        self.attach(Box::new(VhostUser::new(config, self.memory, self.loops.confinement)?), Role::Io)
     }
 
     pub(super) fn vhost_vsock(&mut self, config: KernelVsockConfig) -> Result<(), AttachError> {

@@ -3,7 +3,6 @@
 use std::fs::File;
 use std::io;
 
-use seccomp::Confinement;
 use vm_memory::{ByteValued, Le16, Le32, Le64};
 
 use super::image::ImageError;
@@ -62,10 +61,10 @@ pub struct BackingImage {
 /// Who does the work on an image.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum EngineKind {
-    /// The event loop itself, which waits meanwhile.
-    #[default]
+    /// The event loop itself, which waits meanwhile, and all its devices with it.
     Inline,
-    /// A pool of threads.
+    /// A pool of threads: a slow disk holds up nobody else.
+    #[default]
     Threads,
     /// The kernel, through an I/O ring. Raw images only, and only where the host allows rings.
     IoUring,
@@ -96,8 +95,6 @@ pub struct BlkConfig {
     pub logical_block_size: Option<u32>,
     /// How much the guest may do.
     pub limits: RateLimits,
-    /// Whether threads of the engine are confined like the event loop that they work for.
-    pub confinement: Confinement,
 }
 
 impl BlkConfig {
@@ -115,7 +112,6 @@ impl BlkConfig {
             queue_size: 256,
             logical_block_size: None,
             limits: RateLimits::default(),
-            confinement: Confinement::On,
         }
     }
 

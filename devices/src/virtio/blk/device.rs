@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
+use seccomp::Confinement;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
     VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES,
@@ -66,13 +67,13 @@ impl BlkControl {
 
 impl Blk {
     /// Makes the device, its engine included. Its capacity is the size of the image at this
-    /// moment in whole sectors.
-    pub fn new(config: BlkConfig) -> Result<Self, BlkError> {
+    /// moment in whole sectors. `confinement` is for the engine's threads.
+    pub fn new(config: BlkConfig, confinement: Confinement) -> Result<Self, BlkError> {
         let id = config.id.clone();
-        Self::build(config).map_err(|kind| BlkError { id, kind })
+        Self::build(config, confinement).map_err(|kind| BlkError { id, kind })
     }
 
-    fn build(config: BlkConfig) -> Result<Self, BlkErrorKind> {
+    fn build(config: BlkConfig, confinement: Confinement) -> Result<Self, BlkErrorKind> {
         config.check()?;
         let disk = Arc::new(Disk::open(config.file, config.format, config.read_only, config.direct)?);
         let needed = disk.granularity();
@@ -86,8 +87,8 @@ impl Blk {
         if config.engine == EngineKind::IoUring && disk.file().is_none() {
             return Err(BlkErrorKind::EngineFormat);
         }
-        let engine = engine::new(config.engine, &disk, config.confinement);
-        let engine = engine.map_err(|source| BlkErrorKind::Engine(config.engine, source))?;
+        let engine = engine::new(config.engine, &disk, confinement)
+            .map_err(|source| BlkErrorKind::Engine(config.engine, source))?;
         let mut serial = [0; VIRTIO_BLK_ID_BYTES as usize];
         for (target, source) in serial.iter_mut().zip(config.serial.bytes()) {
             *target = source;

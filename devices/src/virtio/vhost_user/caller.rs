@@ -7,9 +7,10 @@ use std::io;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
+use seccomp::{Confinement, Role};
 use vmm_sys_util::eventfd::EventFd;
 
 type Task = Box<dyn FnOnce() + Send>;
@@ -27,10 +28,10 @@ pub struct Pending<T> {
 }
 
 impl Caller {
-    /// Starts the thread.
-    pub fn new() -> io::Result<Self> {
+    /// Starts the thread. It has its sockets and nothing else, and is confined as the event loop is that connects them.
+    pub fn new(confinement: Confinement) -> io::Result<Self> {
         let (tasks, receiver) = channel::<Task>();
-        let thread = thread::Builder::new().name("vhost-user".to_owned()).spawn(move || {
+        let thread = seccomp::spawn(confinement, Role::Io, "vhost-user".to_owned(), move || {
             for task in receiver {
                 task();
             }

@@ -4,6 +4,8 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use seccomp::Confinement;
+
 use super::caller::Caller;
 use super::engine::Engine;
 use super::rings::memory_table;
@@ -101,8 +103,12 @@ pub struct VhostUser {
 
 impl VhostUser {
     /// Connects to the backend and asks it what it can do. Returns within [`Patience::answers`]. `memory` is what the
-    /// backend will see, and must be of files that it can map.
-    pub fn new(config: VhostUserConfig, memory: &GuestMemory) -> Result<Self, VhostUserError> {
+    /// backend will see, and must be of files that it can map. `confinement` is for the thread that waits for it.
+    pub fn new(
+        config: VhostUserConfig,
+        memory: &GuestMemory,
+        confinement: Confinement,
+    ) -> Result<Self, VhostUserError> {
         let VhostUserConfig { id, socket, kind, num_queues: requests, queue_size, patience } = config;
         let Some(queues) = kind.queues(requests) else {
             return Err(VhostUserError::Queues { id, queues: requests });
@@ -116,7 +122,7 @@ impl VhostUser {
         if let Err(source) = memory_table(memory) {
             return Err(VhostUserError::Backend { id, source });
         }
-        let caller = match Caller::new() {
+        let caller = match Caller::new(confinement) {
             Ok(caller) => caller,
             Err(source) => return Err(VhostUserError::Caller { id, source }),
         };

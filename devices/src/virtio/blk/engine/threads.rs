@@ -41,6 +41,7 @@ struct State {
 }
 
 impl Threads {
+    /// Starts the threads. They work on open files, as an event loop does, and are confined like one.
     pub fn new(disk: &Arc<Disk>, confinement: Confinement) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             state: Mutex::default(),
@@ -53,8 +54,7 @@ impl Threads {
         let mut pool = Self { shared, threads: Vec::with_capacity(THREADS) };
         for _ in 0..THREADS {
             let shared = Arc::clone(&pool.shared);
-            let thread = seccomp::spawn(confinement, Role::Io, "blk".into(), move || shared.run())?;
-            pool.threads.push(thread);
+            pool.threads.push(seccomp::spawn(confinement, Role::Io, "blk".into(), move || shared.run())?);
         }
         Ok(pool)
     }
@@ -123,5 +123,30 @@ impl Drop for Threads {
             // An error is a panic, which its own message has told.
             let _ = thread.join();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::virtio::blk::config::ImageFormat;
+
+    /// How many threads of this process have the pool's name and a filter.
+    fn confined() -> usize {
+        let threads = fs::read_dir("/proc/self/task").unwrap().flatten();
+        let status = threads.filter_map(|thread| fs::read_to_string(thread.path().join("status")).ok());
+        status.filter(|status| status.starts_with("Name:\tblk\n") && status.contains("Seccomp:\t2\n")).count()
+    }
+
+    #[test]
+    fn all_threads_of_a_pool_are_confined_before_there_is_work() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(4096).unwrap();
+        let disk = Arc::new(Disk::open(file, ImageFormat::Raw, false, false).unwrap());
+        let _pool = Threads::new(&disk, Confinement::On).unwrap();
+        // Other tests of this process may have pools too.
+        assert!(confined() >= THREADS);
     }
 }

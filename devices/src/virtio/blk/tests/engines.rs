@@ -143,14 +143,14 @@ fn an_engine_that_cannot_serve_a_format_is_refused() {
     let file = super::qcow2::image(1 << 20);
     let format = ImageFormat::Qcow2 { backing: None };
     let config = BlkConfig { engine: EngineKind::IoUring, format, ..BlkConfig::new("q", file) };
-    assert!(matches!(Blk::new(config), Err(BlkError { kind: BlkErrorKind::EngineFormat, .. })));
+    assert!(matches!(Blk::new(config, Confinement::On), Err(BlkError { kind: BlkErrorKind::EngineFormat, .. })));
 }
 
 #[test]
 fn a_drive_moves_with_requests_under_way_and_loses_none() {
     for engine in ENGINES {
         let file = file();
-        let device = || Box::new(Blk::new(BlkConfig { engine, ..config(&file) }).unwrap());
+        let device = || Box::new(Blk::new(BlkConfig { engine, ..config(&file) }, Confinement::On).unwrap());
         let mut running = Guest::new(device()).start(ALL | CONFIG_WCE);
         running.guest.transport.write(0x100 + 32, &[0]);
         write_header(&running.guest, READ, 6);

@@ -10,6 +10,8 @@ use std::fs::File;
 use std::io::Write;
 use std::os::unix::fs::FileExt;
 
+use seccomp::Confinement;
+
 use super::*;
 use crate::testkit::{Buffer, Guest, Running};
 
@@ -57,7 +59,7 @@ fn config(file: &File) -> BlkConfig {
 }
 
 fn device(file: &File, read_only: bool) -> Box<Blk> {
-    Box::new(Blk::new(BlkConfig { read_only, ..config(file) }).unwrap())
+    Box::new(Blk::new(BlkConfig { read_only, ..config(file) }, Confinement::On).unwrap())
 }
 
 fn start(file: &File, read_only: bool) -> Running {
@@ -65,7 +67,7 @@ fn start(file: &File, read_only: bool) -> Running {
 }
 
 fn start_config(config: BlkConfig) -> Running {
-    Guest::new(Box::new(Blk::new(config).unwrap())).start(ALL)
+    Guest::new(Box::new(Blk::new(config, Confinement::On).unwrap())).start(ALL)
 }
 
 fn write_header(guest: &Guest, kind: u32, sector: u64) {

@@ -43,7 +43,7 @@ fn a_file_without_a_whole_sector_is_refused() {
     for (len, refused) in [(0, true), (511, true), (512, false)] {
         let file = tempfile::tempfile().unwrap();
         file.set_len(len).unwrap();
-        let result = Blk::new(BlkConfig::new("root", file));
+        let result = Blk::new(BlkConfig::new("root", file), Confinement::On);
         assert_eq!(matches!(result, Err(BlkError { kind: BlkErrorKind::Empty(512), .. })), refused, "{len}");
     }
 }
@@ -306,7 +306,7 @@ fn each_queue_answers_for_itself() {
 
 #[test]
 fn queues_that_the_driver_leaves_out_are_not_missed() {
-    let guest = Guest::new(Box::new(Blk::new(BlkConfig { queues: 4, ..config(&file()) }).unwrap()));
+    let guest = Guest::new(Box::new(Blk::new(BlkConfig { queues: 4, ..config(&file()) }, Confinement::On).unwrap()));
     assert!(guest.negotiate(ALL));
     let ring = guest.ring(0, 256);
     guest.set_up_queue(0, &ring);
@@ -319,7 +319,7 @@ fn queues_that_the_driver_leaves_out_are_not_missed() {
 fn the_block_size_is_told_with_its_place_in_a_page() {
     for (size, exponent) in [(512, 3), (1024, 2), (4096, 0)] {
         let config = BlkConfig { logical_block_size: Some(size), ..config(&file()) };
-        let guest = Guest::new(Box::new(Blk::new(config).unwrap()));
+        let guest = Guest::new(Box::new(Blk::new(config, Confinement::On).unwrap()));
         assert_eq!(u32::from_le_bytes(guest.read_config(20)), size);
         assert_eq!(guest.read_config(24), [exponent]);
         assert_eq!(u16::from_le_bytes(guest.read_config(26)), 1 << exponent);
@@ -329,7 +329,7 @@ fn the_block_size_is_told_with_its_place_in_a_page() {
 #[test]
 fn numbers_that_make_no_drive_are_refused() {
     let good = || config(&file());
-    let refused = |config: BlkConfig| Blk::new(config).err().map(|error| error.kind.to_string());
+    let refused = |config: BlkConfig| Blk::new(config, Confinement::On).err().map(|error| error.kind.to_string());
     for queues in [1, MAX_QUEUES] {
         assert_eq!(refused(BlkConfig { queues, ..good() }), None);
     }

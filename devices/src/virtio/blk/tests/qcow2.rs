@@ -58,7 +58,7 @@ pub(super) fn image(size: u64) -> File {
 
 fn open(file: File, backing: Option<BackingImage>) -> Result<Blk, BlkErrorKind> {
     let format = ImageFormat::Qcow2 { backing: backing.map(Box::new) };
-    Blk::new(BlkConfig { format, ..BlkConfig::new("q", file) }).map_err(|error| error.kind)
+    Blk::new(BlkConfig { format, ..BlkConfig::new("q", file) }, Confinement::On).map_err(|error| error.kind)
 }
 
 fn refusal(file: File, backing: Option<BackingImage>) -> Qcow2Error {
@@ -159,7 +159,7 @@ fn a_refcount_table_with_a_hole_is_not_written_to() {
     };
     assert!(matches!(refusal(hole(), None), Qcow2Error::Refcounts));
     let format = ImageFormat::Qcow2 { backing: None };
-    assert!(Blk::new(BlkConfig { format, read_only: true, ..BlkConfig::new("q", hole()) }).is_ok());
+    assert!(Blk::new(BlkConfig { format, read_only: true, ..BlkConfig::new("q", hole()) }, Confinement::On).is_ok());
     let empty = image(1 << 20);
     empty.write_all_at(&[0; 8], CLUSTER).unwrap();
     assert!(matches!(refusal(empty, None), Qcow2Error::Refcounts));

@@ -1,7 +1,10 @@
 //! What cannot be.
 
+use std::os::unix::net::UnixStream;
+
 use vm_memory::GuestAddress;
 
+use super::super::caller::Caller;
 use super::super::rings::memory_table;
 use super::*;
 use crate::GuestMemory;
@@ -68,6 +71,21 @@ fn memory_that_is_not_shared_is_refused_by_its_address() {
     let private = GuestMemory::from_ranges(&[(GuestAddress(0x1000), 0x1000)]).unwrap();
     let error = memory_table(&private).map(drop).unwrap_err();
     assert!(matches!(error, SessionError::PrivateMemory { address: 0x1000 }));
-    let error = VhostUser::new(blk(Path::new("/nowhere")), &private).map(drop).unwrap_err();
+    let error = VhostUser::new(blk(Path::new("/nowhere")), &private, Confinement::On).map(drop).unwrap_err();
     assert!(matches!(error, VhostUserError::Backend { source: SessionError::PrivateMemory { .. }, .. }));
+}
+
+#[test]
+fn the_thread_that_waits_is_confined_and_without_capabilities() {
+    let status = |confinement| {
+        let caller = Caller::new(confinement).unwrap();
+        let (socket, _other) = UnixStream::pair().unwrap();
+        // SAFETY: takes nothing and always succeeds.
+        let call = caller.begin(socket, None, || unsafe { libc::gettid() });
+        let thread = call.wait(PATIENCE.answers).unwrap();
+        std::fs::read_to_string(format!("/proc/self/task/{thread}/status")).unwrap()
+    };
+    let (confined, free) = (status(Confinement::On), status(Confinement::Off));
+    assert!(confined.contains("Seccomp:\t2\n") && confined.contains("CapEff:\t0000000000000000\n"), "{confined}");
+    assert!(!free.contains("Seccomp:\t2\n"), "{free}");
 }

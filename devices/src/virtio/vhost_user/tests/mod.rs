@@ -9,6 +9,7 @@ mod scripted;
 use std::path::Path;
 use std::time::Duration;
 
+use seccomp::Confinement;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 
 use super::*;
@@ -72,7 +73,7 @@ fn blk(socket: &Path) -> VhostUserConfig {
 }
 
 fn make(config: VhostUserConfig) -> Result<VhostUser, VhostUserError> {
-    VhostUser::new(config, &crate::testkit::memory())
+    VhostUser::new(config, &crate::testkit::memory(), Confinement::On)
 }
 
 /// A device with `backend`, up and running with `FLUSH`.
