@@ -314,7 +314,18 @@ fn refusals_are_one_line_and_status_1() {
             &["-chardev", "socket,id=f,path=s", "-device", "vhost-user-fs-device,id=f,chardev=f,tag=t"],
             "it needs -machine mem-share=on",
         ),
-        (&["-device", "vhost-vsock-device,id=v,guest-cid=3"], "This machine has no vhost-vsock-device yet"),
+        (
+            &["-device", "vhost-vsock-device,id=v,guest-cid=3,vhostfd=99"],
+            "Descriptor 99 of device v cannot be: it was not left open for this program",
+        ),
+        (
+            &["-netdev", "tap,id=n,ifname=t,queues=17", "-device", "virtio-net-device,id=n,netdev=n,mq=on"],
+            "it has 1 to 16 pairs of queues",
+        ),
+        (
+            &["-netdev", "tap,id=n,fds=98:99,queues=3", "-device", "virtio-net-device,id=n,netdev=n,mq=on"],
+            "it has another number of queues than of descriptors",
+        ),
     ] {
         let output = host.run(words);
         let said = text(&output.stderr);
@@ -328,6 +339,32 @@ fn help_and_version_need_no_machine() {
     for word in ["-help", "-version"] {
         let output = stratovirt().arg(word).output().unwrap();
         assert!(output.status.success() && !output.stdout.is_empty(), "{output:?}");
+    }
+}
+
+/// A program that may make interfaces makes one with two queues for the machine.
+#[test]
+fn an_interface_has_pairs_of_queues_and_leaves_its_frames_to_the_kernel() {
+    let host = Host::new(&Guest::default().end(SHUTDOWN));
+    let interface = |properties: &str| {
+        let netdev = format!("tap,id=n,ifname=strato%d{properties}");
+        host.run(&["-netdev", &netdev, "-device", "virtio-net-device,id=n,netdev=n,mq=on"])
+    };
+    let output = interface(",queues=2");
+    if text(&output.stderr).starts_with("Interface n cannot be used") || !kvm() {
+        println!("skipped: this host has no interfaces for tests");
+        return;
+    }
+    assert_eq!((output.status.code(), text(&output.stderr)), (Some(0), String::new()));
+    let refused = |properties: &str| text(&interface(properties).stderr);
+    assert!(refused(",queues=2,vhost=on,vhostfd=99").contains("takes a descriptor of /dev/vhost-net"));
+    assert!(refused(",vhostfd=99").contains("without vhost=on"));
+    if !Path::new("/dev/vhost-net").exists() {
+        let said = refused(",vhost=on");
+        assert!(
+            said.starts_with("The host's kernel cannot serve interface n: This host has no /dev/vhost-net"),
+            "{said}"
+        );
     }
 }
 

@@ -87,9 +87,6 @@ pub struct NetDevice {
     pub netdev: String,
     /// The guest's address; made up from the name where it is missing.
     pub mac: Option<Mac>,
-    /// Whether it has as many pairs of queues as its `-netdev`.
-    #[serde(default)]
-    pub mq: bool,
     /// Entries of a queue.
     pub queue_size: Option<u16>,
 }

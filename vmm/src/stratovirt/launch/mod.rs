@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 
 use devices::virtio::blk::{BlkConfig, EngineKind};
 use devices::virtio::fs::{CachePolicy, FsConfig};
+use devices::virtio::kernel_vhost::VhostError;
 use devices::virtio::mem::{MIN_BLOCK_SIZE, MemConfig};
 use devices::virtio::net::TapError;
 use devices::virtio::pmem::PmemConfig;
@@ -106,6 +107,15 @@ pub enum LaunchError {
         #[source]
         source: TapError,
     },
+    /// What the host's kernel would serve.
+    #[error("The host's kernel cannot serve {user}")]
+    Vhost {
+        /// Which device or interface.
+        user: String,
+        /// Why.
+        #[source]
+        source: VhostError,
+    },
     /// A socket.
     #[error("Cannot listen at {place}")]
     Listen {
@@ -174,7 +184,12 @@ impl Launch {
                 }
                 Device::Virtconsole(device) => backends.port(device, true, &mut machine)?,
                 Device::Virtserialport(device) => backends.port(device, false, &mut machine)?,
-                Device::VhostVsockDevice(_) => return Err(LaunchError::Absent("vhost-vsock-device")),
+                Device::VhostVsockDevice(device) if machine.vhost_vsock.is_none() => {
+                    machine.vhost_vsock = Some(network::vsock(&device)?);
+                }
+                Device::VhostVsockDevice(_) => {
+                    return Err(conflict("A second vhost-vsock-device", "a machine has one"));
+                }
                 Device::VirtioBalloonDevice(device) if machine.balloon.is_none() => {
                     machine.balloon = Some(balloon(&device));
                 }
