@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use vmm::stratovirt::{CommandLine, Launch, Request};
+
 const SERIAL: u16 = 0x3f8;
 const LINE_STATUS: u16 = 0x3fd;
 const EXIT: u16 = 0x505;
@@ -242,6 +244,34 @@ fn threads_are_under_filters_unless_asked_not_to_be() {
         let said = text(&child.wait_with_output().unwrap().stderr);
         assert_eq!(said.contains("WARN"), warned, "{said}");
     }
+}
+
+#[test]
+fn a_machine_goes_on_from_a_snapshot() {
+    if !kvm() {
+        return;
+    }
+    let host = Host::new(&Guest::default().print("up\n").echo().end(SHUTDOWN));
+    let [kernel, out, snapshot] = ["kernel", "out", "snapshot"].map(|name| host.path(name).display().to_string());
+    let words = ["-kernel", &kernel, "-m", "128", "-serial", &format!("file,path={out}")].map(Into::into);
+    let Ok(Request::Run(line)) = CommandLine::parse(words) else { panic!("a command line") };
+    let machine = vmm::Machine::build(Launch::open(*line).unwrap().machine).unwrap();
+    machine.start().unwrap();
+    eventually("the guest", || fs::read_to_string(&out).is_ok_and(|said| said == "up\n").then_some(()));
+    machine.snapshot(Path::new(&snapshot)).unwrap();
+    machine.stop();
+
+    let incoming = format!("file:{snapshot}");
+    let words = ["-serial", "stdio", "-incoming", &incoming];
+    let mut child = host.command(&words).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(b"x").unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "x".into()), "{output:?}");
+
+    let output = host.run(&["-smp", "2", "-incoming", &incoming]);
+    assert!(text(&output.stderr).starts_with("The snapshot has 1 vCPUs, the machine's configuration 2"), "{output:?}");
+    let output = host.run(&["-incoming", "unix:/s"]);
+    assert!(text(&output.stderr).contains("a snapshot is a directory: file:DIR"), "{output:?}");
 }
 
 #[test]

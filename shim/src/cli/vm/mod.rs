@@ -42,8 +42,11 @@ fn run(words: impl Iterator<Item = OsString>) -> Result<ExitCode, Box<dyn Error>
     // Before anything is opened and any thread started: neither outlives a fork whole.
     let daemon = if line.daemonize { Some(daemon::fork()?) } else { None };
 
-    let Launch { machine, input, freeze, sockets: _sockets } = Launch::open(line)?;
-    let machine = Arc::new(Machine::build(machine)?);
+    let Launch { machine, incoming, input, freeze, sockets: _sockets } = Launch::open(line)?;
+    let machine = Arc::new(match incoming {
+        Some(directory) => Machine::restore(machine, &directory)?,
+        None => Machine::build(machine)?,
+    });
     let _console = match input {
         Some(input) => Some(Console::start(Arc::clone(&machine), input)?),
         None => None,

@@ -68,13 +68,6 @@ pub struct Memory {
 pub struct Incoming {
     /// Where the snapshot is.
     pub from: Place,
-    /// Whether its memory is mapped, rather than read.
-    #[serde(default = "on")]
-    pub mapped: bool,
-}
-
-fn on() -> bool {
-    true
 }
 
 /// `-qmp`

@@ -72,8 +72,11 @@ pub const OPTIONS: &[(&str, Operand, Support)] = &[
 ];
 
 /// Options that have a field, and are not as in StratoVirt.
-pub const FIELDS: &[(&str, Support)] =
-    &[("incoming", Support::Absent), ("mon", Support::Absent), ("qmp", Support::Absent)];
+pub const FIELDS: &[(&str, Support)] = &[
+    ("incoming", Support::Partly("file:DIR only, with a snapshot of this program")),
+    ("mon", Support::Absent),
+    ("qmp", Support::Absent),
+];
 
 /// Kinds of an option that is a list with kinds.
 const KINDS: &[(&str, &str, Support)] = &[
@@ -131,6 +134,7 @@ const PROPERTIES: &[(&str, &str, &str, Support)] = &[
     ("cpu", "", "pmu", Support::Only { values: OFF, why: ARM }),
     ("cpu", "", "sve", Support::Only { values: OFF, why: ARM }),
     ("cpu", "", "kvm-steal-time", Support::Ignored("guests always see how long they waited for a processor")),
+    ("incoming", "", "mapped", Support::Ignored("memory is always mapped")),
     ("m", "", "maxmem", Support::Ignored("memory grows by virtio-mem, which has its own limit")),
     ("qmp", "", "iothread", Support::Ignored("QMP has a thread of its own")),
     ("mon", "", "id", Support::Ignored("nothing refers to it")),

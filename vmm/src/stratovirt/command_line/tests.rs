@@ -124,7 +124,7 @@ fn defaults_are_stratovirts() {
     let line = with(&["-machine", "microvm", "-drive", "id=d,file=f", "-incoming", "file:/t"]);
     assert_eq!(line.machine, Some(MachineOption { dump_guest_core: true, mem_share: false }));
     assert_eq!((line.drive[0].direct, line.drive[0].engine()), (true, Aio::Native));
-    assert_eq!(line.incoming, Some(Incoming { from: Place::File("/t".into()), mapped: true }));
+    assert_eq!(line.incoming, Some(Incoming { from: Place::File("/t".into()) }));
     assert_eq!((line.smp, line.memory, line.log), (None, None, None));
     assert!(!line.disable_seccomp);
 }

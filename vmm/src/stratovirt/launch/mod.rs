@@ -28,6 +28,7 @@ use super::command_line::device::{
     VhostUserFsDevice,
 };
 use super::command_line::machine::{FileMemoryBackend, Numa, Object};
+use super::command_line::values::Place;
 use crate::config::{
     BalloonConfig, BootConfig, Confinement, MachineConfig, MemoryBacking, MemoryConfig, PortConfig, RngConfig,
     SerialConfig,
@@ -49,6 +50,8 @@ const FS_WORKERS: u16 = 4;
 pub struct Launch {
     /// The machine.
     pub machine: MachineConfig,
+    /// The snapshot that it goes on from, in place of booting.
+    pub incoming: Option<PathBuf>,
     /// Where the console's input comes from.
     pub input: Option<Input>,
     /// Whether the processors wait.
@@ -152,9 +155,11 @@ impl Launch {
         if line.daemonize && matches!(line.serial, Some(Serial::Own(Chardev::Stdio(_)))) {
             return Err(conflict("-daemonize with -serial stdio", "a daemon has no terminal"));
         }
-        if line.incoming.is_some() {
-            return Err(LaunchError::Absent("-incoming"));
-        }
+        let incoming = match line.incoming.as_ref().map(|incoming| &incoming.from) {
+            Some(Place::File(directory)) => Some(directory.clone()),
+            Some(_) => return Err(conflict("-incoming", "a snapshot is a directory: file:DIR")),
+            None => None,
+        };
         if !line.qmp.is_empty() || !line.mon.is_empty() {
             return Err(LaunchError::Absent("QMP"));
         }
@@ -206,7 +211,7 @@ impl Launch {
         if !machine.vhost_user.is_empty() && machine.memory.backing.is_private() {
             return Err(conflict("A device of another process", "it needs -machine mem-share=on"));
         }
-        Ok(Self { machine, input, freeze, sockets: backends.sockets })
+        Ok(Self { machine, incoming, input, freeze, sockets: backends.sockets })
     }
 }
 
