@@ -29,6 +29,7 @@ pub mod arch;
 pub mod bus;
 pub mod config;
 pub mod event;
+pub mod hotplug;
 pub mod irq;
 pub mod kernel;
 pub mod machine;

@@ -26,11 +26,13 @@ mod random;
 pub mod rate_limiter;
 pub mod rng;
 pub mod state;
+pub mod vacant;
 pub mod vhost_user;
 pub mod vsock;
 pub mod worker;
 
 pub use device::{ActivateError, Activation, ActiveQueue, VirtioDevice};
 pub use interrupt::Interrupt;
-pub use mmio::MmioTransport;
+pub use mmio::{MmioTransport, ReplaceError};
 pub use state::{DeviceState, RestoreError, SaveError, TransportState};
+pub use vacant::Vacant;

@@ -7,6 +7,7 @@ mod boot;
 mod memory;
 mod rng;
 mod serial;
+mod slots;
 
 pub use devices::virtio::balloon::BalloonConfig;
 pub use devices::virtio::blk::{BackingImage, BlkConfig, BlkControl, EngineKind, ImageFormat};
@@ -25,6 +26,7 @@ pub use memory::{MemoryBacking, MemoryConfig};
 pub use rng::RngConfig;
 pub use seccomp::Confinement;
 pub use serial::SerialConfig;
+pub use slots::SlotConfig;
 
 /// A machine to be built.
 #[derive(Debug)]
@@ -66,6 +68,8 @@ pub struct MachineConfig {
     pub console: Option<ConsoleConfig>,
     /// Whether the machine's threads are confined to their roles. The process as a whole is its program's business.
     pub confinement: Confinement,
+    /// Places for drives and network interfaces that come and go while the machine runs.
+    pub slots: SlotConfig,
 }
 
 impl MachineConfig {
@@ -90,6 +94,7 @@ impl MachineConfig {
             pmem: Vec::new(),
             console: None,
             confinement: Confinement::On,
+            slots: SlotConfig::default(),
         }
     }
 }

@@ -23,6 +23,7 @@ use crate::arch::x86_64::{cpuid, layout};
 use crate::bus::Bus;
 use crate::config::{MachineConfig, MemConfig, SerialConfig};
 use crate::event::LoopThread;
+use crate::hotplug::Slots;
 use crate::irq;
 use crate::memory::{self, Above, PluggableRegion};
 use crate::observe::TracePoints;
@@ -40,6 +41,7 @@ pub(super) struct Assembly {
     balloon: Option<BalloonHandle>,
     pluggable: Option<MemHandle>,
     shares: Vec<ShareControl>,
+    slots: Slots,
     loops: Vec<Arc<LoopThread>>,
     hardware: Hardware,
 }
@@ -70,8 +72,9 @@ impl Assembly {
         let mut slots = VirtioSlots::new(&vm, &device_memory, &mut mmio, cmdline, config.confinement);
         // The guest names devices of a kind by this order.
         let shares = config.fs.into_iter().map(|config| slots.fs(config)).collect::<Result<_, _>>()?;
-        config.blk.into_iter().try_for_each(|config| slots.blk(config))?;
-        config.net.into_iter().try_for_each(|config| slots.net(config))?;
+        let replaceable = Slots::new(confinement);
+        slots.drives(config.blk, config.slots.blk, &replaceable)?;
+        slots.interfaces(config.net, config.slots.net, &replaceable)?;
         config.vhost_user.into_iter().try_for_each(|config| slots.vhost_user(config))?;
         let vsock = config.vsock.map(|config| slots.vsock(config)).transpose()?;
         config.vhost_vsock.map(|config| slots.vhost_vsock(config)).transpose()?;
@@ -96,6 +99,7 @@ impl Assembly {
             balloon,
             pluggable,
             shares,
+            slots: replaceable,
             loops,
             hardware,
         })
@@ -149,13 +153,14 @@ impl Assembly {
             balloon,
             pluggable,
             shares,
+            slots,
             loops,
             mut hardware,
         } = self;
         hardware.cpuid = cpuid;
         spawn_processors(processors, &buses, &control, &trace, confinement)?;
         let hardware = Mutex::new(Some(hardware));
-        Ok(Machine { name, control, trace, serial, vsock, balloon, pluggable, shares, loops, hardware })
+        Ok(Machine { name, control, trace, serial, vsock, balloon, pluggable, shares, slots, loops, hardware })
     }
 }
 

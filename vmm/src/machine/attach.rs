@@ -7,7 +7,6 @@ use kvm_ioctls::{IoEventAddress, VmFd};
 use linux_loader::cmdline::Cmdline;
 use vm_memory::GuestAddress;
 
-use devices::GuestMemory;
 use devices::legacy::{
     DEBUG_PORT, EventSink, I8042, I8042_PORT, I8042_PORT_COUNT, PANIC_PORT, PanicPort, SERIAL_PORT, SERIAL_PORT_COUNT,
     Serial,
@@ -24,12 +23,14 @@ use devices::virtio::rng::Rng;
 use devices::virtio::vhost_user::{VhostUser, VhostUserConfig, VhostUserError};
 use devices::virtio::vsock::{Connector, KernelVsock, KernelVsockConfig, Vsock, VsockConfig, VsockError};
 use devices::virtio::{Interrupt, MmioTransport, VirtioDevice};
+use devices::{BusDevice, GuestMemory};
 use seccomp::{Confinement, Role};
 
 use crate::arch::x86_64::layout;
 use crate::bus::{Bus, BusError};
 use crate::config::RngConfig;
 use crate::event::{EventError, LoopThread};
+use crate::hotplug::{self, HotplugError, Pluggable, SlotKind, Slots};
 use crate::irq::{self, IrqAllocator, IrqError};
 use crate::memory::{Above, MemoryError, PluggableBlocks};
 use crate::observe::TracePoints;
@@ -93,6 +94,9 @@ pub enum AttachError {
     /// A console device that cannot be made.
     #[error(transparent)]
     Console(#[from] ConsoleError),
+    /// A slot that cannot be filled.
+    #[error(transparent)]
+    Slot(#[from] HotplugError),
     /// The thread for devices could not be started.
     #[error("The devices' thread cannot be started")]
     EventLoop(#[from] EventError),
@@ -154,20 +158,40 @@ impl<'a> VirtioSlots<'a> {
         Ok(control)
     }
 
-    pub(super) fn blk(&mut self, config: BlkConfig) -> Result<(), AttachError> {
-        self.attach(Box::new(Blk::new(config, self.loops.confinement)?), Role::Io)
+    /// Drives; in replaceable places where there are any.
+    pub(super) fn drives(&mut self, configs: Vec<BlkConfig>, places: u8, slots: &Slots) -> Result<(), AttachError> {
+        if places == 0 {
+            return configs.into_iter().try_for_each(|config| self.blk(config));
+        }
+        let places = hotplug::fill(configs, places, SlotKind::Blk, Pluggable::Blk)?;
+        places.into_iter().try_for_each(|device| self.slot(slots, SlotKind::Blk, device))
     }
 
-    pub(super) fn net(&mut self, config: NetConfig) -> Result<(), AttachError> {
-        self.attach(Box::new(Net::new(config)?), Role::Io)
+    /// Interfaces; in replaceable places where there are any, unless the host's kernel serves them.
+    pub(super) fn interfaces(&mut self, configs: Vec<NetConfig>, places: u8, slots: &Slots) -> Result<(), AttachError> {
+        if places == 0 {
+            return configs.into_iter().try_for_each(|config| self.net(config));
+        }
+        let (kernel, own): (Vec<_>, Vec<_>) = configs.into_iter().partition(|config| !config.vhost.is_empty());
+        let places = hotplug::fill(own, places, SlotKind::Net, Pluggable::Net)?;
+        places.into_iter().try_for_each(|device| self.slot(slots, SlotKind::Net, device))?;
+        kernel.into_iter().try_for_each(|config| self.net(config))
+    }
+
+    fn blk(&mut self, config: BlkConfig) -> Result<(), AttachError> {
+        self.attach(Box::new(Blk::new(config, self.loops.confinement)?), Role::Io).map(drop)
+    }
+
+    fn net(&mut self, config: NetConfig) -> Result<(), AttachError> {
+        self.attach(Box::new(Net::new(config)?), Role::Io).map(drop)
     }
 
     pub(super) fn vhost_user(&mut self, config: VhostUserConfig) -> Result<(), AttachError> {
-        self.attach(Box::new(VhostUser::new(config, self.memory, self.loops.confinement)?), Role::Io)
+        self.attach(Box::new(VhostUser::new(config, self.memory, self.loops.confinement)?), Role::Io).map(drop)
     }
 
     pub(super) fn vhost_vsock(&mut self, config: KernelVsockConfig) -> Result<(), AttachError> {
-        self.attach(Box::new(KernelVsock::new(config)?), Role::Io)
+        self.attach(Box::new(KernelVsock::new(config)?), Role::Io).map(drop)
     }
 
     pub(super) fn vsock(&mut self, config: VsockConfig) -> Result<Connector, AttachError> {
@@ -177,7 +201,19 @@ impl<'a> VirtioSlots<'a> {
     }
 
     pub(super) fn rng(&mut self, config: RngConfig) -> Result<(), AttachError> {
-        self.attach(Box::new(Rng::new(config.limits).map_err(AttachError::Rng)?), Role::Io)
+        self.attach(Box::new(Rng::new(config.limits).map_err(AttachError::Rng)?), Role::Io).map(drop)
+    }
+
+    /// A place for a drive or an interface, with a device in it or not, that `slots` can change from now on.
+    fn slot(&mut self, slots: &Slots, kind: SlotKind, device: Option<Pluggable>) -> Result<(), AttachError> {
+        let occupant = device.as_ref().map(|device| device.id().to_owned());
+        let device = match device {
+            Some(device) => device.into_device(self.loops.confinement)?,
+            None => hotplug::vacant(kind, kind.queue_sizes()),
+        };
+        let transport = self.attach(device, Role::Io)?;
+        slots.add(kind, transport, occupant);
+        Ok(())
     }
 
     /// A balloon for a guest with `memory` bytes.
@@ -203,11 +239,11 @@ impl<'a> VirtioSlots<'a> {
     pub(super) fn pmem(&mut self, config: PmemConfig, above: &mut Above) -> Result<(), AttachError> {
         let (address, size) = above.persistent(self.vm, &config)?;
         let file = (!config.read_only).then_some(config.file);
-        self.attach(Box::new(Pmem::new(address, size, file)), Role::Io)
+        self.attach(Box::new(Pmem::new(address, size, file)), Role::Io).map(drop)
     }
 
     pub(super) fn console(&mut self, config: ConsoleConfig) -> Result<(), AttachError> {
-        self.attach(Box::new(Console::new(config)?), Role::Io)
+        self.attach(Box::new(Console::new(config)?), Role::Io).map(drop)
     }
 
     /// The event loops that were started for the devices, and the devices in the order in which they came.
@@ -215,12 +251,13 @@ impl<'a> VirtioSlots<'a> {
         ([self.loops.io, self.loops.fs].into_iter().flatten().collect(), self.transports)
     }
 
-    fn attach(&mut self, device: Box<dyn VirtioDevice>, role: Role) -> Result<(), AttachError> {
+    fn attach(&mut self, device: Box<dyn VirtioDevice>, role: Role) -> Result<Arc<MmioTransport>, AttachError> {
         let line = self.lines.allocate()?;
         let interrupt = Interrupt::new(irq::wire(self.vm, line)?);
         let event_loop = self.loops.get(role)?;
         let transport =
             MmioTransport::new(device, self.memory.clone(), event_loop, interrupt).map_err(AttachError::Transport)?;
+        let transport = Arc::new(transport);
 
         let base = self.next_window;
         let address = base + QUEUE_NOTIFY;
@@ -229,14 +266,13 @@ impl<'a> VirtioSlots<'a> {
                 .register_ioevent(kick, &IoEventAddress::Mmio(address), queue)
                 .map_err(|source| AttachError::Notification { queue, address, source })?;
         }
-        let transport = Arc::new(transport);
         self.transports.push(Arc::clone(&transport));
-        self.bus.insert(base, layout::MMIO_WINDOW, transport)?;
+        self.bus.insert(base, layout::MMIO_WINDOW, Arc::clone(&transport) as Arc<dyn BusDevice>)?;
         self.cmdline
             .add_virtio_mmio_device(layout::MMIO_WINDOW, GuestAddress(base), line, None)
             .map_err(AttachError::Cmdline)?;
         self.next_window += layout::MMIO_WINDOW;
-        Ok(())
+        Ok(transport)
     }
 }
 

@@ -1,4 +1,4 @@
-//! A machine's life, one verb to a file: assemble, attach, build, boot, run, pause, snapshot, restore, stop, exit.
+//! A machine's life, one verb to a file: assemble, attach, build, boot, run, pause, plug, snapshot, restore, stop, exit.
 
 mod assemble;
 mod attach;
@@ -6,6 +6,7 @@ mod boot;
 mod build;
 pub mod exit;
 mod pause;
+mod plug;
 mod restore;
 mod run;
 mod snapshot;
@@ -29,6 +30,7 @@ use devices::virtio::mem::MemHandle;
 use devices::virtio::vsock::Connector;
 
 use crate::event::LoopThread;
+use crate::hotplug::Slots;
 use crate::memory::Above;
 use crate::observe::TracePoints;
 use crate::vcpu::{Control, VcpuThread};
@@ -38,7 +40,7 @@ pub use boot::BootError;
 pub use build::BuildError;
 pub use exit::ExitReason;
 pub use restore::RestoreError;
-pub use run::StateError;
+pub use run::{RunState, StateError};
 
 /// A virtual machine of this process.
 ///
@@ -62,6 +64,7 @@ pub struct Machine {
     balloon: Option<BalloonHandle>,
     pluggable: Option<MemHandle>,
     shares: Vec<ShareControl>,
+    slots: Slots,
     loops: Vec<Arc<LoopThread>>,
     /// Gone when the machine was stopped.
     hardware: Mutex<Option<Hardware>>,

@@ -12,7 +12,23 @@ pub enum StateError {
     Ended(ExitReason),
 }
 
+/// Whether the guest runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RunState {
+    /// Not yet, or not now.
+    Held,
+    /// It does.
+    Running,
+    /// Never again.
+    Ended,
+}
+
 impl Machine {
+    /// Whether the guest runs. It may have changed when the caller looks at it.
+    pub fn state(&self) -> RunState {
+        self.control.state()
+    }
+
     /// Lets the processors run, for the first time or after a pause.
     pub fn start(&self) -> Result<(), StateError> {
         self.unpark();

@@ -8,6 +8,7 @@
 pub mod command_line;
 pub mod console;
 pub mod launch;
+pub mod qmp;
 
 pub use command_line::{CommandLine, CommandLineError, Request};
 pub use console::Console;

@@ -5,6 +5,7 @@ use std::sync::OnceLock;
 
 use super::gate::Gate;
 use super::thread::VcpuThread;
+use crate::machine::RunState;
 use crate::machine::exit::{ExitLatch, ExitReason};
 
 /// The way to all processors of a machine at once.
@@ -34,6 +35,11 @@ impl Control {
     /// How the machine ended, if it has.
     pub fn exit(&self) -> &ExitLatch {
         &self.exit
+    }
+
+    /// Whether the processors may run.
+    pub fn state(&self) -> RunState {
+        self.gate.state()
     }
 
     /// Lets the processors run. False when the machine has ended.

@@ -2,6 +2,8 @@
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
+use crate::machine::RunState;
+
 /// What a processor reads at the gate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pass {
@@ -60,6 +62,15 @@ impl Gate {
     /// Sends the processors away for good. Those that run must be kicked.
     pub fn end(&self) {
         self.set(Position::Ended);
+    }
+
+    /// Where the gate is.
+    pub fn state(&self) -> RunState {
+        match self.lock().position {
+            Position::Held => RunState::Held,
+            Position::Open => RunState::Running,
+            Position::Ended => RunState::Ended,
+        }
     }
 
     /// Waits until every processor that is left stands at the gate, or the gate is not held any

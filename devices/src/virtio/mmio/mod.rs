@@ -7,6 +7,7 @@
 
 mod queue_setup;
 mod registers;
+mod replace;
 mod snapshot;
 mod status;
 #[cfg(test)]
@@ -26,6 +27,7 @@ use crate::virtio::{ActivateError, Activation, ActiveQueue, Interrupt, VirtioDev
 use crate::{BusDevice, EventLoop, GuestMemory};
 pub use queue_setup::QueueSetupError;
 use registers::Registers;
+pub use replace::ReplaceError;
 use status::{Phase, Status, Transition};
 
 /// Bytes of guest physical address space that a device takes.
@@ -56,18 +58,25 @@ pub struct MmioTransport {
     registers: Mutex<Registers>,
 }
 
+/// Why a device does not work with the queues that its driver has set up.
 #[derive(Debug, thiserror::Error)]
-enum DriverOkError {
+pub enum DriverOkError {
+    /// A queue is not what the specification says.
     #[error("Queue {index} cannot be used")]
     Queue {
+        /// Which.
         index: usize,
+        /// Why.
         #[source]
         source: QueueSetupError,
     },
+    /// There are too many descriptors.
     #[error("The notification descriptor of a queue cannot be duplicated")]
     Kick(#[source] io::Error),
+    /// The device says no.
     #[error("The device cannot be activated")]
     Device(#[source] ActivateError),
+    /// The event loop has ended.
     #[error("The event loop does not take the device")]
     EventLoop(#[source] event_manager::Error),
 }
@@ -93,6 +102,11 @@ impl MmioTransport {
     /// Device type (section 5), such as 2 for a block device.
     pub fn device_type(&self) -> u32 {
         self.device_type
+    }
+
+    /// Largest size of each queue.
+    pub fn queue_max_sizes(&self) -> Vec<u16> {
+        self.lock().device.queue_max_sizes().to_vec()
     }
 
     /// One notification descriptor for each queue, in order. Non-blocking.
@@ -220,7 +234,8 @@ impl MmioTransport {
         let activation = Activation {
             memory: self.memory.clone(),
             queues,
-            acked_features: registers.driver_features,
+            // A device that took the place of another may know fewer.
+            acked_features: registers.driver_features & registers.offered_features(),
             interrupt: self.interrupt.clone(),
         };
         let active = registers.device.activate(activation).map_err(DriverOkError::Device)?;

@@ -3,6 +3,7 @@
 use event_manager::SubscriberId;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_mmio::*;
+use virtio_queue::{Queue, QueueT};
 
 use super::queue_setup::QueueSetup;
 use super::status::{Phase, Status};
@@ -104,6 +105,15 @@ impl Registers {
             VIRTIO_MMIO_QUEUE_USED_LOW => set_low(&mut queue.used, value),
             VIRTIO_MMIO_QUEUE_USED_HIGH => set_high(&mut queue.used, value),
             _ => {}
+        }
+    }
+
+    /// Keeps where a parked device has come to in its queues.
+    pub fn keep_places(&mut self, parked: Vec<Option<Queue>>) {
+        for (setup, queue) in self.queues.iter_mut().zip(parked) {
+            if let Some(queue) = queue {
+                (setup.next_avail, setup.next_used) = (queue.next_avail(), queue.next_used());
+            }
         }
     }
 

@@ -1,7 +1,5 @@
 //! A transport at rest: parked, saved, restored.
 
-use virtio_queue::QueueT;
-
 use super::queue_setup::QueueSetup;
 use super::registers::Registers;
 use super::status::{Phase, Status};
@@ -18,14 +16,7 @@ impl MmioTransport {
         let Some(id) = registers.active.take() else { return };
         registers.parked = true;
         match self.event_loop.remove(id) {
-            Ok(active) => {
-                for (setup, queue) in registers.queues.iter_mut().zip(active.park()) {
-                    if let Some(queue) = queue {
-                        setup.next_avail = queue.next_avail();
-                        setup.next_used = queue.next_used();
-                    }
-                }
-            }
+            Ok(active) => registers.keep_places(active.park()),
             Err(reason) => {
                 // Only when the loop has ended, and the machine with it.
                 error!(device = self.device_type, %reason, "The event loop does not give up the device");

@@ -31,7 +31,7 @@ use super::command_line::machine::{FileMemoryBackend, Numa, Object};
 use super::command_line::values::Place;
 use crate::config::{
     BalloonConfig, BootConfig, Confinement, MachineConfig, MemoryBacking, MemoryConfig, PortConfig, RngConfig,
-    SerialConfig,
+    SerialConfig, SlotConfig,
 };
 
 pub use streams::{Input, Sockets};
@@ -171,6 +171,7 @@ impl Launch {
         if line.disable_seccomp {
             machine.confinement = Confinement::Off;
         }
+        machine.slots = SlotConfig::STRATOVIRT;
 
         let mut backends = Backends::new(line.drive, line.netdev, line.chardev, line.object);
         for device in line.device {
