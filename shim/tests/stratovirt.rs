@@ -453,3 +453,40 @@ fn devices_and_memory_of_every_kind_make_a_machine() {
     }
     assert_eq!(fs::metadata(host.path("ram")).unwrap().len(), 128 << 20);
 }
+
+#[test]
+fn a_frozen_machine_is_driven_over_qmp_and_leaves_no_socket() {
+    if !Path::new("/dev/kvm").exists() {
+        println!("skipped: there is no /dev/kvm");
+        return;
+    }
+    let host = Host::new(&Guest::default().print("hello").bytes(&[0xeb, 0xfe]));
+    let words = ["-S", "-qmp", "unix:qmp.sock,server,nowait", "-chardev", "socket,id=m,path=mon.sock,server,nowait"];
+    let mut command = host.command(&words);
+    let mut child = command.args(["-mon", "chardev=m"]).stderr(Stdio::piped()).spawn().unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    let connect = |name: &str| loop {
+        match UnixStream::connect(host.path(name)) {
+            Ok(client) => break client,
+            Err(error) => assert!(Instant::now() < deadline, "{error}"),
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    };
+    for (name, command, expected) in [
+        ("qmp.sock", r#"{"execute":"cont"}"#, "RESUME"),
+        ("mon.sock", r#"{"execute":"query-status"}"#, r#""status":"running""#),
+        ("qmp.sock", r#"{"execute":"quit"}"#, "host-qmp-quit"),
+    ] {
+        let mut client = connect(name);
+        client.set_read_timeout(Some(PATIENCE)).unwrap();
+        client.write_all(command.as_bytes()).unwrap();
+        let (mut text, mut bytes) = (String::new(), [0; 1024]);
+        while !text.contains(expected) {
+            let count = client.read(&mut bytes).unwrap();
+            assert_ne!(count, 0, "{text}");
+            text += std::str::from_utf8(&bytes[..count]).unwrap();
+        }
+    }
+    assert!(child.wait().unwrap().success());
+    assert!(!host.path("qmp.sock").exists() && !host.path("mon.sock").exists());
+}

@@ -11,6 +11,7 @@ use std::process::ExitCode;
 use std::sync::{Arc, Mutex};
 
 use tracing_subscriber::filter::LevelFilter;
+use vmm::stratovirt::qmp::{self, QmpServer};
 use vmm::stratovirt::{CommandLine, Console, Launch, Request};
 use vmm::{ExitReason, Machine};
 
@@ -42,7 +43,7 @@ fn run(words: impl Iterator<Item = OsString>) -> Result<ExitCode, Box<dyn Error>
     // Before anything is opened and any thread started: neither outlives a fork whole.
     let daemon = if line.daemonize { Some(daemon::fork()?) } else { None };
 
-    let Launch { machine, incoming, input, freeze, sockets: _sockets } = Launch::open(line)?;
+    let Launch { machine, incoming, input, monitors, freeze, sockets: _sockets } = Launch::open(line)?;
     let machine = Arc::new(match incoming {
         Some(directory) => Machine::restore(machine, &directory)?,
         None => Machine::build(machine)?,
@@ -51,6 +52,8 @@ fn run(words: impl Iterator<Item = OsString>) -> Result<ExitCode, Box<dyn Error>
         Some(input) => Some(Console::start(Arc::clone(&machine), input)?),
         None => None,
     };
+    let serve = |listener| qmp::serve(Arc::clone(&machine), listener);
+    let servers = monitors.into_iter().map(serve).collect::<io::Result<Vec<_>>>()?;
     if let Some(daemon) = daemon {
         daemon.detach(pidfile.as_deref())?;
     }
@@ -58,6 +61,8 @@ fn run(words: impl Iterator<Item = OsString>) -> Result<ExitCode, Box<dyn Error>
         machine.start()?;
     }
     let reason = machine.wait();
+    // Its clients are told of the end.
+    servers.into_iter().for_each(QmpServer::join);
     machine.stop();
     tracing::info!(%reason, "The machine has ended");
     Ok(match reason {

@@ -144,7 +144,7 @@ impl List<'_> {
                 Support::Refused(why) => return Err(refused(why)),
                 Support::Only { values, why } if !values.contains(&value) => return Err(refused(why)),
                 Support::Only { .. } | Support::Ignored(_) => {}
-                Support::Compatible | Support::Extended(_) | Support::Partly(_) | Support::Absent => {
+                Support::Compatible | Support::Extended(_) | Support::Partly(_) => {
                     if pairs.iter().any(|(known, _)| known == key) {
                         return Err(ListError::Twice(key.into()));
                     }

@@ -21,8 +21,6 @@ pub enum Support {
     },
     /// As in StratoVirt, but for this.
     Partly(&'static str),
-    /// Read, and refused when the machine is put together: it does not have it.
-    Absent,
     /// Refused, because of this.
     Refused(&'static str),
 }
@@ -72,11 +70,8 @@ pub const OPTIONS: &[(&str, Operand, Support)] = &[
 ];
 
 /// Options that have a field, and are not as in StratoVirt.
-pub const FIELDS: &[(&str, Support)] = &[
-    ("incoming", Support::Partly("file:DIR only, with a snapshot of this program")),
-    ("mon", Support::Absent),
-    ("qmp", Support::Absent),
-];
+pub const FIELDS: &[(&str, Support)] =
+    &[("incoming", Support::Partly("file:DIR only, with a snapshot of this program"))];
 
 /// Kinds of an option that is a list with kinds.
 const KINDS: &[(&str, &str, Support)] = &[

@@ -74,7 +74,6 @@ fn line(text: &mut String, option: &str, kind: &str, property: &str, support: Su
         Support::Ignored(why) => format!("accepted without effect: {why}"),
         Support::Only { values, why } => format!("{} only: {why}", values.join(", ")),
         Support::Partly(how) => format!("compatible, but: {how}"),
-        Support::Absent => "refused: the machine does not have it yet".to_owned(),
         Support::Refused(why) => format!("refused: {why}"),
     };
     // Writing to a string cannot fail.

@@ -9,10 +9,12 @@ mod tests;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::num::NonZeroU64;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use devices::virtio::blk::{BlkConfig, EngineKind};
+use devices::virtio::console::PortEnd;
 use devices::virtio::fs::{CachePolicy, FsConfig};
 use devices::virtio::kernel_vhost::VhostError;
 use devices::virtio::mem::{MIN_BLOCK_SIZE, MemConfig};
@@ -27,7 +29,7 @@ use super::command_line::device::{
     BalloonDevice, BlkDevice, Device, FsDevice, MemDevice, PmemDevice, PortDevice, VhostUserBlkDevice,
     VhostUserFsDevice,
 };
-use super::command_line::machine::{FileMemoryBackend, Numa, Object};
+use super::command_line::machine::{FileMemoryBackend, Mon, Numa, Object, Qmp};
 use super::command_line::values::Place;
 use crate::config::{
     BalloonConfig, BootConfig, Confinement, MachineConfig, MemoryBacking, MemoryConfig, PortConfig, RngConfig,
@@ -54,6 +56,8 @@ pub struct Launch {
     pub incoming: Option<PathBuf>,
     /// Where the console's input comes from.
     pub input: Option<Input>,
+    /// Where QMP clients come: each for a [`serve`](super::qmp::serve).
+    pub monitors: Vec<OwnedFd>,
     /// Whether the processors wait.
     pub freeze: bool,
     /// What to keep as long as the machine.
@@ -98,9 +102,6 @@ pub enum LaunchError {
         #[source]
         source: io::Error,
     },
-    /// What is read from the command line and the machine does not have.
-    #[error("This machine has no {0} yet")]
-    Absent(&'static str),
     /// A tap interface.
     #[error("Interface {id} cannot be used")]
     Tap {
@@ -160,9 +161,6 @@ impl Launch {
             Some(_) => return Err(conflict("-incoming", "a snapshot is a directory: file:DIR")),
             None => None,
         };
-        if !line.qmp.is_empty() || !line.mon.is_empty() {
-            return Err(LaunchError::Absent("QMP"));
-        }
         let memory = memory(&line)?;
         let CommandLine { name, smp, kernel, initrd, append, freeze, .. } = line;
         let boot = BootConfig { kernel, initrd, cmdline: append.unwrap_or_default() };
@@ -212,7 +210,8 @@ impl Launch {
         if !machine.vhost_user.is_empty() && machine.memory.backing.is_private() {
             return Err(conflict("A device of another process", "it needs -machine mem-share=on"));
         }
-        Ok(Self { machine, incoming, input, freeze, sockets: backends.sockets })
+        let monitors = backends.monitors(&line.qmp, line.mon)?;
+        Ok(Self { machine, incoming, input, monitors, freeze, sockets: backends.sockets })
     }
 }
 
@@ -400,6 +399,27 @@ impl Backends {
             }
         };
         streams::serial(self.sockets.open(&chardev)?)
+    }
+
+    /// The sockets of QMP.
+    fn monitors(&mut self, qmp: &[Qmp], mon: Vec<Mon>) -> Result<Vec<OwnedFd>, LaunchError> {
+        let mut listeners = Vec::new();
+        for Qmp { address, server, nowait } in qmp {
+            if !server || !nowait {
+                return Err(LaunchError::NotServer);
+            }
+            listeners.push(self.sockets.listen(address)?);
+        }
+        for Mon { chardev } in mon {
+            let index = self.chardevs.iter().position(|known| known.id() == Some(chardev.as_str()));
+            let missing =
+                || LaunchError::Missing { user: "-mon".into(), option: "-chardev socket", id: chardev.clone() };
+            match self.sockets.open(&self.chardevs.swap_remove(index.ok_or_else(missing)?))? {
+                PortEnd::Listener(listener) => listeners.push(listener),
+                _ => return Err(missing()),
+            }
+        }
+        Ok(listeners)
     }
 
     /// Memory to be plugged, as much as its backend has.
