@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::process::{Command, Stdio};
+use std::thread;
 
 use inlay_tests::harness::HostState;
 
@@ -28,6 +29,10 @@ fn cgroup_controllers_are_delegated() {
 fn the_comparer_sees_what_is_left_behind() {
     let before = HostState::take();
     let mut sleeper = Command::new("sleep").arg("987").stdin(Stdio::null()).spawn().unwrap();
+    // The parent goes on when exec has replaced the memory, a moment before the arguments are in it.
+    while fs::read(format!("/proc/{}/cmdline", sleeper.id())).unwrap().is_empty() {
+        thread::yield_now();
+    }
     fs::create_dir_all("/run/inlay/sandboxes/left").unwrap();
     fs::create_dir("/sys/fs/cgroup/left").unwrap();
     let left = HostState::take().left_since(&before);
