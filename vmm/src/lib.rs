@@ -41,8 +41,8 @@ pub mod vcpu;
 
 pub use config::{
     BASE_CMDLINE, BalloonConfig, BlkConfig, BootConfig, Confinement, ConsoleConfig, FsConfig, MachineConfig, MemConfig,
-    MemoryBacking, MemoryConfig, NetConfig, Placement, PmemConfig, PortConfig, PortEnd, RngConfig, SerialConfig,
-    VhostUserConfig, VsockConfig,
+    MemoryBacking, MemoryConfig, NetConfig, Placement, PmemConfig, PortConfig, PortEnd, RestoreMemory, RngConfig,
+    SerialConfig, VhostUserConfig, VsockConfig,
 };
 pub use devices::virtio::balloon::{BalloonError, BalloonHandle, GuestStats};
 pub use devices::virtio::mem::{MemError, MemHandle};

@@ -31,6 +31,13 @@ pub enum MemoryBacking {
     },
 }
 
+/// How the memory of a snapshot comes into a machine that is restored from it.
+#[derive(Debug)]
+pub enum RestoreMemory {
+    /// A private mapping of the memory file: what no machine writes to is shared by all, in the page cache.
+    Mapped,
+}
+
 impl MemoryConfig {
     /// A private memory of `mib` MiB.
     pub fn from_mib(mib: u32) -> Self {

@@ -22,7 +22,7 @@ pub use devices::virtio::vsock::{KernelVsockConfig, VsockConfig};
 
 pub use crate::memory::image::Placement;
 pub use boot::{BASE_CMDLINE, BootConfig};
-pub use memory::{MemoryBacking, MemoryConfig};
+pub use memory::{MemoryBacking, MemoryConfig, RestoreMemory};
 pub use rng::RngConfig;
 pub use seccomp::Confinement;
 pub use serial::SerialConfig;

@@ -5,12 +5,14 @@ use std::path::Path;
 use kvm_ioctls::VcpuFd;
 use linux_loader::cmdline::Cmdline;
 
+use devices::GuestMemory;
+
 use super::assemble::{Assembly, kvm_error, open_kvm};
 use super::snapshot::IRQCHIPS;
 use super::{BuildError, Machine};
 use crate::arch::x86_64::cpuid::{FeatureGap, missing_features};
 use crate::arch::x86_64::layout;
-use crate::config::{MachineConfig, MemoryBacking};
+use crate::config::{MachineConfig, MemoryBacking, MemoryConfig, RestoreMemory};
 use crate::memory;
 use crate::snapshot::{CodecError, MachineState, Manifest, ManifestError, VerifyError, codec, open_memory, read_state};
 use crate::vcpu::VcpuRestoreError;
@@ -66,7 +68,12 @@ impl Machine {
     /// not looked at. Memory is a private mapping of the snapshot's, whatever backing is asked for, so that any number
     /// of machines can be restored at a time and share what none of them writes to. Checked are the state and the
     /// length of the memory file; see [`verify`](crate::snapshot::verify) for the rest.
-    pub fn restore(mut config: MachineConfig, directory: &Path) -> Result<Self, RestoreError> {
+    pub fn restore(config: MachineConfig, directory: &Path) -> Result<Self, RestoreError> {
+        Self::restore_with(config, directory, RestoreMemory::Mapped)
+    }
+
+    /// As [`restore`](Self::restore), with memory that comes as `how` says.
+    pub fn restore_with(config: MachineConfig, directory: &Path, how: RestoreMemory) -> Result<Self, RestoreError> {
         let manifest = Manifest::read(directory)?;
         let state = codec::decode(&read_state(directory, &manifest.state)?)?;
         expect("vCPUs", state.vcpus.len() as u64, config.vcpus.into())?;
@@ -76,9 +83,9 @@ impl Machine {
         super::build::check_vcpus(config.vcpus)?;
 
         let kvm = open_kvm()?;
-        let file = open_memory(directory, &manifest.memory)?;
-        config.memory.backing = MemoryBacking::File { file, shared: false };
-        let memory = memory::reserve(&config.memory).map_err(BuildError::from)?;
+        let memory = match how {
+            RestoreMemory::Mapped => map_memory(&config.memory, directory, &manifest)?,
+        };
         // The guest has read it long ago.
         let mut cmdline =
             Cmdline::new(layout::CMDLINE_MAX).map_err(|error| BuildError::from(super::BootError::Cmdline(error)))?;
@@ -90,6 +97,13 @@ impl Machine {
         let cpuid = state.vcpus.iter().map(|vcpu| vcpu.cpuid().to_vec()).collect();
         Ok(assembly.finish(processors, cpuid)?)
     }
+}
+
+/// A private mapping of the memory file. Nothing of it is read.
+fn map_memory(config: &MemoryConfig, directory: &Path, manifest: &Manifest) -> Result<GuestMemory, RestoreError> {
+    let file = open_memory(directory, &manifest.memory)?;
+    let config = MemoryConfig { backing: MemoryBacking::File { file, shared: false }, ..*config };
+    Ok(memory::reserve(&config).map_err(BuildError::from)?)
 }
 
 fn expect(what: &'static str, saved: u64, configured: u64) -> Result<(), RestoreError> {
