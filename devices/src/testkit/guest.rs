@@ -8,7 +8,7 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{HIGH_REGION, Ring, ThreadLoop, eventually, memory};
-use crate::virtio::{Interrupt, MmioTransport, VirtioDevice};
+use crate::virtio::{Interrupt, MmioTransport, VirtioDevice, WriteLog};
 use crate::{BusDevice, GuestMemory};
 
 /// Status values on the way up (virtio 1.2 section 3.1.1).
@@ -48,11 +48,16 @@ impl Guest {
 
     /// A machine with `device` and a memory that is there already.
     pub fn with_memory(device: Box<dyn VirtioDevice>, memory: GuestMemory) -> Self {
+        Self::logging(device, memory, WriteLog::default())
+    }
+
+    /// The same, with `writes` for what the device writes.
+    pub fn logging(device: Box<dyn VirtioDevice>, memory: GuestMemory, writes: WriteLog) -> Self {
         let event_loop = Arc::new(ThreadLoop::start());
         let line = EventFd::new(EFD_NONBLOCK).unwrap();
         let interrupt = Interrupt::new(line.try_clone().unwrap());
         let transport = MmioTransport::new(device, memory.clone(), event_loop.clone(), interrupt).unwrap();
-        Self { transport: Arc::new(transport), memory, event_loop, line }
+        Self { transport: Arc::new(transport.noting(writes)), memory, event_loop, line }
     }
 
     /// Reads a 32-bit register.

@@ -9,7 +9,7 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::GuestMemory;
-use crate::virtio::ActiveQueue;
+use crate::virtio::{ActiveQueue, WriteLog};
 
 /// A buffer of a chain.
 #[derive(Clone, Copy, Debug)]
@@ -74,7 +74,7 @@ impl Ring {
         queue.try_set_used_ring_address(GuestAddress(self.used)).unwrap();
         queue.set_ready(true);
         let kick = EventFd::new(EFD_NONBLOCK).unwrap();
-        (ActiveQueue { queue, kick: kick.try_clone().unwrap() }, kick)
+        (ActiveQueue { queue, kick: kick.try_clone().unwrap(), writes: WriteLog::default() }, kick)
     }
 
     /// Writes one entry of the descriptor table.

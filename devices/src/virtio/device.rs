@@ -5,8 +5,8 @@ use std::io;
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::virtio::Interrupt;
 use crate::virtio::state::{DeviceState, RestoreError, SaveError};
+use crate::virtio::{Interrupt, WriteLog};
 use crate::{GuestMemory, Subscriber};
 
 /// The configuration half of a virtio device.
@@ -40,6 +40,14 @@ pub trait VirtioDevice: Send {
     /// Writes the device configuration space. What is not writable is ignored.
     fn write_config(&mut self, offset: u64, data: &[u8]) {
         let _ = (offset, data);
+    }
+
+    /// Whether all that the device writes to guest memory is written by its queues' [`VirtQueue`]s, or to buffers that
+    /// came from them; else nobody knows what another process or the host's kernel has written.
+    ///
+    /// [`VirtQueue`]: crate::virtio::queue::VirtQueue
+    fn writes_are_known(&self) -> bool {
+        true
     }
 
     /// Makes the active half. It must look at its queues once when its loop calls `init`: the
@@ -81,6 +89,8 @@ pub struct ActiveQueue {
     pub queue: Queue,
     /// Readable when the driver notified this queue (an ioeventfd).
     pub kick: EventFd,
+    /// Where it is noted what the device may write.
+    pub writes: WriteLog,
 }
 
 /// Why a device could not be activated. The transport then sets `DEVICE_NEEDS_RESET`.

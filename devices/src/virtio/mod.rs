@@ -30,9 +30,11 @@ pub mod vacant;
 pub mod vhost_user;
 pub mod vsock;
 pub mod worker;
+pub mod write_log;
 
 pub use device::{ActivateError, Activation, ActiveQueue, VirtioDevice};
 pub use interrupt::Interrupt;
 pub use mmio::{MmioTransport, ReplaceError};
 pub use state::{DeviceState, RestoreError, SaveError, TransportState};
 pub use vacant::Vacant;
+pub use write_log::WriteLog;

@@ -6,16 +6,17 @@ use std::os::unix::net::UnixStream;
 
 use seccomp::Confinement;
 use virtio_bindings::virtio_mmio::*;
+use vm_memory::{Bytes, GuestAddress};
 
 use crate::BusDevice;
 use crate::testkit::{Buffer, Guest, Running, eventually};
 use crate::virtio::balloon::{Balloon, BalloonConfig};
-use crate::virtio::blk::{Blk, BlkConfig};
+use crate::virtio::blk::{Blk, BlkConfig, EngineKind};
 use crate::virtio::rate_limiter::RateLimits;
 use crate::virtio::rng::Rng;
 use crate::virtio::state::{RestoreError, SaveError};
 use crate::virtio::vsock::{Vsock, VsockConfig};
-use crate::virtio::{DeviceState, VirtioDevice};
+use crate::virtio::{DeviceState, VirtioDevice, WriteLog};
 
 const DATA: u64 = 0x10_0000;
 const EVENTS: usize = 2;
@@ -73,6 +74,135 @@ fn what_was_offered_while_the_device_was_parked_is_served_after() {
         running.guest.transport.unpark();
         assert_eq!(ask(&mut running).len(), 1);
     }
+}
+
+/// What a driver asked for before it was saved is answered in each clone anew.
+#[test]
+fn clones_get_entropy_of_their_own() {
+    let mut running = Guest::new(rng()).start(0);
+    running.guest.transport.park();
+    running.rings[0].offer(&[Buffer::writable(DATA, 32)]);
+    let state = running.guest.transport.save().unwrap();
+    let mut seen = std::collections::HashSet::new();
+    for _ in 0..8 {
+        let memory = crate::testkit::memory();
+        let rings = (4 << 20, 8 << 20);
+        for region in [0, rings.1] {
+            memory.write_slice(&running.guest.peek(region, rings.0), GuestAddress(region)).unwrap();
+        }
+        let clone = Guest::with_memory(rng(), memory);
+        clone.transport.restore(&state).unwrap();
+        clone.transport.unpark();
+        clone.wait_interrupt(VIRTIO_MMIO_INT_VRING);
+        assert!(seen.insert(clone.peek(DATA, 32)), "Two clones have the same bytes");
+    }
+}
+
+/// Whatever is in flight when a device is parked: nothing changes memory from then on until it goes on.
+#[test]
+fn nothing_touches_memory_of_a_device_that_is_parked() {
+    const SECTORS: u64 = 8192;
+    for engine in [EngineKind::Inline, EngineKind::Threads, EngineKind::IoUring] {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&vec![0x5a; SECTORS as usize * 512]).unwrap();
+        let device = || {
+            let config = BlkConfig { engine, ..BlkConfig::new("disk", file.try_clone().unwrap()) };
+            Box::new(Blk::new(config, Confinement::On).unwrap())
+        };
+        let mut running = Guest::new(device()).start(1 << 29);
+        running.rings[0].set_used_event(u16::MAX);
+        running.guest.poke(DATA, &[0; 16]);
+        for turn in 0..6 {
+            // Reads of 256 KiB each to places of their own.
+            let requests = 10;
+            for index in 0..requests {
+                let data = DATA + 0x1000 + (index << 18);
+                running.guest.poke(data, &[turn; 16]);
+                running.rings[0].offer(&[
+                    Buffer::readable(DATA, 16),
+                    Buffer::writable(data, 1 << 18),
+                    Buffer::writable(DATA + 16 + index, 1),
+                ]);
+            }
+            running.guest.kick(0);
+            if turn % 2 == 0 {
+                running.guest.event_loop.settle();
+            }
+            running.guest.transport.park();
+            let state = running.guest.transport.save().unwrap();
+            let memory = || running.guest.peek(0, 4 << 20);
+            let before = memory();
+            std::thread::sleep(std::time::Duration::from_millis(10));
+            assert!(memory() == before, "{engine:?} {turn}");
+            assert_eq!(running.guest.transport.save().unwrap(), state);
+            // Here or in another machine: each is answered once.
+            running = if turn % 3 == 0 {
+                running.guest.transport.unpark();
+                running
+            } else {
+                running.move_to(device())
+            };
+            let used = running.wait_used(0, requests as usize);
+            assert_eq!(used.len(), requests as usize);
+            assert!(used.iter().all(|(_, len)| *len == (1 << 18) + 1));
+            for index in 0..requests {
+                assert_eq!(running.guest.peek(DATA + 0x1000 + (index << 18), 16), [0x5a; 16]);
+            }
+            running.guest.event_loop.settle();
+            assert!(running.rings[0].take_used().is_empty(), "Nothing is answered twice");
+        }
+    }
+}
+
+/// EVENT_IDX: both sides keep their wishes, and the indices go on.
+#[test]
+fn suppression_of_notifications_moves_with_the_device() {
+    let mut running = Guest::new(rng()).start(1 << 29);
+    for round in 0..140 {
+        running.rings[0].set_used_event(running.rings[0].used_idx());
+        ask(&mut running);
+        running.guest.wait_interrupt(VIRTIO_MMIO_INT_VRING);
+        // The driver wants no interrupt for the next three, and gets none.
+        running.rings[0].set_used_event(running.rings[0].used_idx().wrapping_add(3));
+        running = running.move_to(rng());
+        for _ in 0..3 {
+            running.rings[0].offer(&[Buffer::writable(DATA, 32)]);
+            assert!(running.rings[0].wants_kick(true), "{round}");
+            running.guest.kick(0);
+            running.wait_used(0, 1);
+            running.guest.event_loop.settle();
+        }
+        assert_eq!(running.guest.take_interrupt(), 0, "{round}");
+        ask(&mut running);
+        running.guest.wait_interrupt(VIRTIO_MMIO_INT_VRING);
+    }
+}
+
+#[test]
+fn what_a_device_may_write_is_noted() {
+    let memory = crate::testkit::memory();
+    let log = WriteLog::new(&memory);
+    log.keep();
+    let mut running = Guest::logging(rng(), memory, log.clone()).start(0);
+    let used = running.rings[0].used;
+    let noted = |address: u64| {
+        let (region, offset) = if address < 8 << 20 { (0, address) } else { (1, address - (8 << 20)) };
+        let page = (offset >> 12) as usize;
+        log.pages(region)[page / 64] >> (page % 64) & 1 == 1
+    };
+    assert!(noted(used), "The used ring from the start");
+    assert!(!noted(DATA));
+    running.rings[0].offer(&[Buffer::writable(DATA + 0xff0, 32), Buffer::writable(DATA + 0x5000, 8)]);
+    running.guest.kick(0);
+    running.wait_used(0, 1);
+    for (address, written) in [(0, true), (0x1000, true), (0x2000, false), (0x5000, true), (0x6000, false)] {
+        assert_eq!(noted(DATA + address), written, "{address:#x}");
+    }
+    // After a snapshot the used ring is noted anew, the rest when it is written again.
+    running.guest.transport.park();
+    log.clear();
+    running.guest.transport.unpark();
+    assert!(noted(used) && !noted(DATA));
 }
 
 #[test]

@@ -23,7 +23,7 @@ use virtio_bindings::virtio_config::VIRTIO_CONFIG_S_NEEDS_RESET;
 use virtio_bindings::virtio_mmio::*;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::virtio::{ActivateError, Activation, ActiveQueue, Interrupt, VirtioDevice};
+use crate::virtio::{ActivateError, Activation, ActiveQueue, Interrupt, VirtioDevice, WriteLog};
 use crate::{BusDevice, EventLoop, GuestMemory};
 pub use queue_setup::QueueSetupError;
 use registers::Registers;
@@ -53,6 +53,7 @@ pub struct MmioTransport {
     interrupt: Interrupt,
     kicks: Vec<EventFd>,
     memory: GuestMemory,
+    writes: WriteLog,
     event_loop: Arc<dyn EventLoop>,
     /// Never taken by an active half: a vCPU holds it while it waits for the event loop.
     registers: Mutex<Registers>,
@@ -96,7 +97,17 @@ impl MmioTransport {
         let kicks =
             registers.queues.iter().map(|_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)).collect::<io::Result<_>>()?;
         let registers = Mutex::new(registers);
-        Ok(Self { device_type, interrupt, kicks, memory, event_loop, registers })
+        Ok(Self { device_type, interrupt, kicks, memory, writes: WriteLog::default(), event_loop, registers })
+    }
+
+    /// Has it noted in `writes` what the device writes to guest memory.
+    pub fn noting(self, writes: WriteLog) -> Self {
+        Self { writes, ..self }
+    }
+
+    /// Whether all that is written on the device's behalf is noted: see [`VirtioDevice::writes_are_known`].
+    pub fn writes_are_known(&self) -> bool {
+        self.lock().device.writes_are_known()
     }
 
     /// Device type (section 5), such as 2 for a block device.
@@ -229,7 +240,7 @@ impl MmioTransport {
             }
             let queue = setup.build(&self.memory).map_err(|source| DriverOkError::Queue { index, source })?;
             let kick = kick.try_clone().map_err(DriverOkError::Kick)?;
-            queues.push(Some(ActiveQueue { queue, kick }));
+            queues.push(Some(ActiveQueue { queue, kick, writes: self.writes.clone() }));
         }
         let activation = Activation {
             memory: self.memory.clone(),

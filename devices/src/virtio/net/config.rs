@@ -338,6 +338,10 @@ impl VirtioDevice for Net {
         self.shared.set_mac(self.mac);
     }
 
+    fn writes_are_known(&self) -> bool {
+        self.vhost.is_empty()
+    }
+
     fn save(&self) -> Result<DeviceState, SaveError> {
         let mac = self.shared.mac();
         let state = NetState { mac: (mac != self.mac).then_some(mac), pairs: self.shared.pairs() };

@@ -21,7 +21,7 @@ use chain::Segment;
 pub use chain::{Chain, Segments};
 
 use crate::GuestMemory;
-use crate::virtio::ActiveQueue;
+use crate::virtio::{ActiveQueue, WriteLog};
 
 /// Ring feature bits that [`VirtQueue`] implements; a device offers them beside its own.
 ///
@@ -37,6 +37,8 @@ const AVAIL_RING: u64 = 4;
 const USED_IDX: u64 = 2;
 const USED_RING: u64 = 4;
 const USED_ELEMENT_SIZE: u64 = 8;
+/// Of the field behind the used ring by which the device asks for notifications.
+const AVAIL_EVENT_SIZE: u64 = 2;
 
 /// What a driver did wrong with a queue. The device cannot go on with it: see
 /// [`Interrupt::needs_reset`](crate::virtio::Interrupt::needs_reset).
@@ -85,15 +87,17 @@ pub struct VirtQueue {
     signalled: Wrapping<u16>,
     /// The segment list of a completed chain, for the next one to be read into.
     spare: Vec<Segment>,
+    writes: WriteLog,
 }
 
 impl VirtQueue {
     /// Takes over a queue at activation.
     pub fn new(active: ActiveQueue, memory: &GuestMemory, acked_features: u64) -> Self {
-        let ActiveQueue { mut queue, kick } = active;
+        let ActiveQueue { mut queue, kick, writes } = active;
         queue.set_event_idx(acked_features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0);
         let signalled = Wrapping(queue.next_used());
-        Self { queue, kick, memory: memory.clone(), signalled, spare: Vec::new() }
+        writes.mark(GuestAddress(queue.used_ring()), used_ring_len(queue.size()));
+        Self { queue, kick, memory: memory.clone(), signalled, spare: Vec::new(), writes }
     }
 
     /// Readable when the driver notified the queue, or when [`serve`](Self::serve) left work.
@@ -112,6 +116,28 @@ impl VirtQueue {
         let _ = self.kick.read();
     }
 
+    /// `avail.idx`: how many chains the driver has made available so far, modulo 65536.
+    pub fn avail_idx(&self) -> Result<u16, QueueError> {
+        let idx = self.queue.avail_idx(&self.memory, Ordering::Acquire).map_err(QueueError::AvailRing)?;
+        Ok(idx.0)
+    }
+
+    /// Asks for a notification of the next chain that the driver makes available, beside those that are there already.
+    /// Returns `avail.idx`; of a chain that it counts there may have been none.
+    pub fn notify_of_next(&mut self) -> Result<u16, QueueError> {
+        self.enable_notification()?;
+        if self.queue.event_idx_enabled() {
+            let offset = u64::from(self.queue.size()).saturating_mul(USED_ELEMENT_SIZE);
+            let addr = ring_address(self.queue.used_ring(), USED_RING.saturating_add(offset));
+            let idx = self.avail_idx()?;
+            let source = |source| QueueError::Memory { addr: addr.0, len: AVAIL_EVENT_SIZE, source };
+            self.memory.store(idx.to_le(), addr, Ordering::Relaxed).map_err(source)?;
+            // The driver must see it before the device looks whether it has gone on already.
+            fence(Ordering::SeqCst);
+        }
+        self.avail_idx()
+    }
+
     /// Takes the next available chain, checked: see [`Chain`].
     pub fn pop(&mut self) -> Result<Option<Chain>, QueueError> {
         let Some(head) = self.queue.iter(&self.memory).map_err(QueueError::AvailRing)?.next() else {
@@ -119,7 +145,9 @@ impl VirtQueue {
         };
         let head = head.head_index();
         let spare = std::mem::take(&mut self.spare);
-        Chain::parse(&self.memory, &self.queue, head, spare).map(Some)
+        let chain = Chain::parse(&self.memory, &self.queue, head, spare)?;
+        self.note(&chain);
+        Ok(Some(chain))
     }
 
     /// Like [`pop`](Self::pop), for crates that want rust-vmm's own view of a chain. The chain was
@@ -134,6 +162,7 @@ impl VirtQueue {
         if let Some(chain) = &next {
             let spare = std::mem::take(&mut self.spare);
             let checked = Chain::parse(&self.memory, &self.queue, chain.head_index(), spare)?;
+            self.note(&checked);
             self.spare = checked.into_storage();
         }
         Ok(next)
@@ -251,6 +280,13 @@ impl VirtQueue {
         self.queue
     }
 
+    /// Before the device writes to the chain.
+    fn note(&self, chain: &Chain) {
+        for (address, len) in chain.writable().ranges() {
+            self.writes.mark(address, len.into());
+        }
+    }
+
     fn write_used(&self, at: Wrapping<u16>, head: u16, len: u32) -> Result<(), QueueError> {
         // The size was checked to be a power of two when the queue was set up.
         let slot = at.0 & self.queue.size().wrapping_sub(1);
@@ -284,6 +320,11 @@ impl VirtQueue {
             source,
         })
     }
+}
+
+/// Bytes of the used ring of a queue of `size` entries, all of which a device writes.
+fn used_ring_len(size: u16) -> u64 {
+    USED_RING.saturating_add(u64::from(size).saturating_mul(USED_ELEMENT_SIZE)).saturating_add(AVAIL_EVENT_SIZE)
 }
 
 /// Rings were checked to be in guest memory as a whole, so the sum does not wrap; if it did, the

@@ -160,6 +160,10 @@ impl VirtioDevice for VhostUser {
         self.shared.kind.device_type()
     }
 
+    fn writes_are_known(&self) -> bool {
+        false
+    }
+
     fn queue_max_sizes(&self) -> &[u16] {
         &self.queue_sizes
     }

@@ -50,6 +50,10 @@ impl VirtioDevice for KernelVsock {
         VIRTIO_ID_VSOCK
     }
 
+    fn writes_are_known(&self) -> bool {
+        false
+    }
+
     fn queue_max_sizes(&self) -> &[u16] {
         &QUEUE_SIZES
     }
