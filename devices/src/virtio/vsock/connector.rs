@@ -156,6 +156,17 @@ impl Shared {
         lock(&self.listeners).get(&port).cloned()
     }
 
+    /// The host port whose turn it is.
+    pub fn upcoming_port(&self) -> u32 {
+        self.next_port.load(Ordering::Relaxed)
+    }
+
+    /// Goes on with `port`; one that is not given out begins the turn anew.
+    pub fn set_upcoming_port(&self, port: u32) {
+        let known = (FIRST_HOST_PORT..=LAST_HOST_PORT).contains(&port);
+        self.next_port.store(if known { port } else { FIRST_HOST_PORT }, Ordering::Relaxed);
+    }
+
     /// The next host port in turn.
     pub fn next_port(&self) -> u32 {
         let following = |port: u32| match port {

@@ -3,18 +3,17 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use tracing::{debug, error, warn};
 use virtio_queue::Queue;
 
-use super::Parking;
 use super::connector::{Shared, lock};
 use super::link::RxBuffer;
 use super::muxer::{MAX_TOKEN, Muxer, Watch};
 use super::packet::{HEADER_LEN, HEADER_SIZE, Header};
 use super::uds::UdsServer;
+use super::{Parking, TransportReset};
 use crate::virtio::queue::{Chain, QueueError, VirtQueue};
 use crate::virtio::{ActivateError, Activation, Interrupt};
 use crate::{ActiveHalf, GuestMemory};
@@ -115,13 +114,16 @@ impl Engine {
     fn begin_waiting_connections(&mut self, ops: &mut EventOps) {
         // Nothing to read when the connections came before the device was active.
         let _ = self.shared.wake().read();
+        if self.is_resetting() {
+            return;
+        }
         for connect in self.shared.take_waiting() {
             self.muxer.connect(connect, &mut Registrar(ops));
         }
     }
 
     fn accept_clients(&mut self, ops: &mut EventOps) {
-        let Some(uds) = &self.uds else { return };
+        let Some(uds) = self.uds.as_ref().filter(|_| !self.is_resetting()) else { return };
         loop {
             match uds.accept() {
                 Ok(client) => self.muxer.client_arrived(client, &mut Registrar(ops)),
@@ -137,7 +139,7 @@ impl Engine {
 
     /// Moves packets both ways until nothing can move or the budget is used up.
     fn pump(&mut self, ops: &mut EventOps) {
-        if let Err(reason) = self.try_pump(&mut Registrar(ops)) {
+        if let Err(reason) = self.end_reset(ops).and_then(|()| self.try_pump(&mut Registrar(ops))) {
             let reason = &reason as &dyn std::error::Error;
             warn!(device = "vsock", reason, "The device stops until the driver resets it");
             self.stop(ops);
@@ -161,17 +163,41 @@ impl Engine {
     /// Tells the driver, once it has given a buffer for it, that its connections are gone.
     fn tell_reset(&mut self) -> Result<(), QueueError> {
         let Some(events) = &mut self.events else { return Ok(()) };
-        if !self.parking.reset_owed.load(Ordering::Acquire) {
+        let mut reset = lock(&self.parking.reset);
+        if *reset != TransportReset::Owed {
             return Ok(());
         }
         let Some(chain) = events.pop()? else { return Ok(()) };
+        let told = events.avail_idx()?;
         let event = TRANSPORT_RESET.to_le_bytes();
         let (target, _) = chain.writable().split_at(EVENT_LEN).ok_or_else(|| chain.malformed())?;
         target.write(&self.memory, &event)?;
         events.add_used(chain, EVENT_LEN)?;
-        self.parking.reset_owed.store(false, Ordering::Release);
+        *reset = TransportReset::Told(told);
+        drop(reset);
+        if events.notify_of_next()? != told {
+            events.kick_again();
+        }
         if events.needs_notification()? {
             self.interrupt.used_buffers();
+        }
+        Ok(())
+    }
+
+    /// Whether connections wait until the driver has acted on the news that the old ones are gone. One that has no event
+    /// queue is not waited for.
+    fn is_resetting(&self) -> bool {
+        self.events.is_some() && *lock(&self.parking.reset) != TransportReset::Done
+    }
+
+    /// The driver may have given the event's buffer back, which it does when it has acted on the event.
+    fn end_reset(&mut self, ops: &mut EventOps) -> Result<(), QueueError> {
+        let Some(events) = &self.events else { return Ok(()) };
+        let TransportReset::Told(told) = *lock(&self.parking.reset) else { return Ok(()) };
+        if events.avail_idx()? != told {
+            *lock(&self.parking.reset) = TransportReset::Done;
+            self.begin_waiting_connections(ops);
+            self.accept_clients(ops);
         }
         Ok(())
     }

@@ -36,7 +36,6 @@ mod uds;
 
 use std::io;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
@@ -131,8 +130,21 @@ impl Vsock {
 struct Parking {
     /// The connections.
     muxer: Mutex<Option<Muxer>>,
-    /// The driver is still to be told that all its connections are gone.
-    reset_owed: AtomicBool,
+    reset: Mutex<TransportReset>,
+}
+
+/// How far the driver is with the news that all its connections are gone.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum TransportReset {
+    /// There is none, or the driver has acted on it.
+    #[default]
+    Done,
+    /// It is still to be told.
+    Owed,
+    /// It was told when `avail.idx` of the event queue was this. Until it gives a buffer back no connection is begun: a
+    /// driver that has not come to the event yet, as Linux may not for it looks at the receive queue first, would take
+    /// it for one of the old ones.
+    Told(u16),
 }
 
 impl VirtioDevice for Vsock {
@@ -163,19 +175,22 @@ impl VirtioDevice for Vsock {
 
     fn reset(&mut self) {
         drop(lock(&self.parking.muxer).take());
-        self.parking.reset_owed.store(false, Ordering::Release);
+        *lock(&self.parking.reset) = TransportReset::Done;
     }
 
     /// Connections do not survive: their host ends are this process's.
     fn save(&self) -> Result<DeviceState, SaveError> {
-        Ok(DeviceState::nothing())
+        DeviceState::encode(VIRTIO_ID_VSOCK, &self.shared.upcoming_port())
     }
 
     /// The guest is told that its connections are gone (section 5.10.6.7), and asks for its context
-    /// id again, which may be another one.
+    /// id again, which may be another one. Host ports go on in turn, so that none is one of theirs.
     fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
-        state.expect_nothing(VIRTIO_ID_VSOCK)?;
-        self.parking.reset_owed.store(true, Ordering::Release);
+        // The first version of the state knew no port.
+        if state.expect_nothing(VIRTIO_ID_VSOCK).is_err() {
+            self.shared.set_upcoming_port(state.decode(VIRTIO_ID_VSOCK)?);
+        }
+        *lock(&self.parking.reset) = TransportReset::Owed;
         Ok(())
     }
 }

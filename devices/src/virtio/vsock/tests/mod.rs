@@ -4,6 +4,7 @@ mod data;
 mod handshake;
 mod hostile;
 mod kernel;
+mod moving;
 mod throughput;
 mod uds;
 
