@@ -17,6 +17,9 @@ pub const SERIAL_PORT: u16 = 0x3f8;
 /// Ports from [`SERIAL_PORT`] on that the device covers.
 pub const SERIAL_PORT_COUNT: u16 = 8;
 
+/// In the interrupt identification register: nothing is pending.
+const NO_INTERRUPT: u8 = 1;
+
 /// A serial port.
 ///
 /// What the guest writes goes to a sink byte by byte and is lost where the sink does not take it:
@@ -25,6 +28,7 @@ pub const SERIAL_PORT_COUNT: u16 = 8;
 /// output is kept in a [`ConsoleTail`] in any case.
 pub struct Serial {
     uart: Mutex<Uart>,
+    line: Arc<EventFd>,
     tail: ConsoleTail,
     drained: Arc<EventFd>,
 }
@@ -40,8 +44,9 @@ impl Serial {
         let tail = ConsoleTail::default();
         let output = Output { sink, tail: tail.clone() };
         let drained = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
-        let uart = vm_superio::Serial::with_events(Line(line), Drained(Arc::clone(&drained)), output);
-        Ok(Self { uart: Mutex::new(uart), tail, drained })
+        let line = Arc::new(line);
+        let uart = vm_superio::Serial::with_events(Line(Arc::clone(&line)), Drained(Arc::clone(&drained)), output);
+        Ok(Self { uart: Mutex::new(uart), line, tail, drained })
     }
 
     /// A port as it was saved; `None` when the state holds more input than its buffer.
@@ -50,13 +55,23 @@ impl Serial {
         let output = Output { sink, tail: tail.clone() };
         let drained = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).ok()?);
         let events = Drained(Arc::clone(&drained));
-        let uart = vm_superio::Serial::from_state(&state.registers(), Line(line), events, output).ok()?;
-        Some(Self { uart: Mutex::new(uart), tail, drained })
+        let line = Arc::new(line);
+        let uart = vm_superio::Serial::from_state(&state.registers(), Line(Arc::clone(&line)), events, output).ok()?;
+        Some(Self { uart: Mutex::new(uart), line, tail, drained })
     }
 
     /// What a snapshot needs. The tail is not part of it: it is this process's.
     pub fn save(&self) -> SerialState {
         SerialState::of(&self.lock().state())
+    }
+
+    /// Raises the interrupt once more that the port tells of, if it does: when the machine was saved it may have been on
+    /// its way, and a driver that is not told of an empty transmitter never sends again. One too many is harmless.
+    pub fn interrupt_again(&self) {
+        if self.lock().state().interrupt_identification & NO_INTERRUPT == 0 {
+            // A full counter means that one is on its way.
+            let _ = self.line.write(1);
+        }
     }
 
     /// The end of what the guest wrote.
@@ -142,7 +157,7 @@ impl BusDevice for Serial {
 }
 
 /// The interrupt line.
-struct Line(EventFd);
+struct Line(Arc<EventFd>);
 
 impl Trigger for Line {
     type E = io::Error;
@@ -259,6 +274,30 @@ mod tests {
         assert_eq!(read(&serial, DATA), b'k');
         assert_eq!(serial.drained().read().unwrap(), 1);
         assert_eq!(read(&serial, LINE_STATUS) & 1, 0);
+    }
+
+    #[test]
+    fn what_is_pending_is_told_again_after_a_restore() {
+        let (serial, line) = port(Sink::default());
+        let restored = |serial: &Serial| {
+            let line = EventFd::new(EFD_NONBLOCK).unwrap();
+            let other = Serial::restored(line.try_clone().unwrap(), Box::new(Sink::default()), &serial.save()).unwrap();
+            // What came while the interrupt controllers were not restored is lost with their state.
+            let _ = line.read();
+            other.interrupt_again();
+            (other, line)
+        };
+        assert!(restored(&serial).1.read().is_err(), "Nothing is pending");
+        // The transmitter is empty, and the driver is told; then it sends again.
+        serial.write(INTERRUPT_ENABLE, &[2]);
+        serial.write(DATA, b"x");
+        assert_eq!(line.read().unwrap(), 1);
+        let (restored_once, line) = restored(&serial);
+        assert_eq!(line.read().unwrap(), 1);
+        assert_eq!(restored_once.save(), serial.save());
+        // The driver reads what it was interrupted for.
+        assert_eq!(read(&restored_once, 2) & 0xf, 2);
+        assert!(restored(&restored_once).1.read().is_err());
     }
 
     #[test]
