@@ -13,19 +13,24 @@ use super::backing::Backing;
 /// What the processor maps with one entry of a page directory.
 const HUGE_PAGE: usize = 2 << 20;
 
-/// Maps `size` bytes, aligned if the kernel can be brought to it.
+/// How often a region is placed anew. Each time fills a gap that would have been just large enough, or was lost to
+/// another thread of this process.
+const ATTEMPTS: usize = 16;
+
+/// Maps `size` bytes, aligned if the kernel can be brought to it. Without, all still works.
 pub fn map(size: usize, backing: Backing) -> Result<MmapRegion<()>, MmapRegionError> {
-    let region = build(size, backing.clone())?;
-    if size < HUGE_PAGE || is_aligned(&region) {
-        return Ok(region);
+    let mut region = build(size, backing.clone())?;
+    let mut unaligned = Vec::new();
+    while size >= HUGE_PAGE && !is_aligned(&region) && unaligned.len() < ATTEMPTS {
+        // It stays for the time being: the kernel fills the highest gap that is large enough, and would take the place
+        // of this one again where that is too small for a spacer and lies above the spacer's. With the spacer above,
+        // which ends at the right place, the next region ends up there, unless another thread maps something first.
+        unaligned.push(region);
+        let spacer = Spacer::above(size);
+        region = build(size, backing.clone())?;
+        drop(spacer);
     }
-    drop(region);
-    // The kernel fills the highest gap that is large enough. With something above that ends at the right place, that
-    // is where the region ends up; if another thread maps something meanwhile, it may not be, and all still works.
-    let spacer = Spacer::above(size);
-    let region = build(size, backing);
-    drop(spacer);
-    region
+    Ok(region)
 }
 
 fn build(size: usize, backing: Backing) -> Result<MmapRegion<()>, MmapRegionError> {
@@ -96,6 +101,33 @@ mod tests {
             assert!(is_aligned(&region), "{pages}");
             assert_eq!(region.size(), (32 << 20) + 0x3000);
         }
+    }
+
+    #[test]
+    fn a_region_is_aligned_beside_gaps_that_are_just_large_enough() {
+        const SIZE: usize = 32 << 20;
+        // Neighbours, the one in the middle of which is given back: a gap of the size that has no room for a spacer.
+        let neighbours: Vec<_> = (0..9).map(|_| build(SIZE + 0x1000, Backing::Anonymous).expect("map")).collect();
+        let _kept: Vec<_> = neighbours.into_iter().enumerate().filter(|(index, _)| index % 2 == 0).collect();
+        assert!(is_aligned(&map(SIZE + 0x1000, Backing::Anonymous).expect("map")));
+    }
+
+    #[test]
+    fn a_region_is_aligned_while_other_threads_map() {
+        let done = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for pages in [1, 513] {
+                let done = &done;
+                scope.spawn(move || {
+                    while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                        drop(build(pages << 12, Backing::Anonymous).expect("map"));
+                    }
+                });
+            }
+            let aligned = (0..200).filter(|_| is_aligned(&map(4 << 20, Backing::Anonymous).expect("map"))).count();
+            done.store(true, std::sync::atomic::Ordering::Relaxed);
+            assert_eq!(aligned, 200);
+        });
     }
 
     #[test]
