@@ -7,6 +7,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use support::virtio::{PAGE, bring_up, request, see_above};
 use support::{Code, ELF_BASE, EXIT_PORT, chain, config, console, wait};
 use vmm::{ExitReason, Machine, MachineConfig, MemoryConfig, RngConfig, VsockConfig};
 
@@ -205,8 +206,40 @@ fn damage_is_found() {
     assert!(refused(restore_config(), directory.path()).contains("134213632 bytes where the manifest says"));
 
     let manifest = fs::read_to_string(path("manifest")).expect("manifest");
-    fs::write(path("manifest"), manifest.replace("\"format\": 1", "\"format\": 2")).expect("write");
-    assert!(refused(restore_config(), directory.path()).contains("format 2"));
+    fs::write(path("manifest"), manifest.replace("\"format\": 2", "\"format\": 3")).expect("write");
+    assert!(refused(restore_config(), directory.path()).contains("format 3"));
+}
+
+/// What a guest asks a device for after it was restored is its own, and so is what it had asked for before.
+#[test]
+fn clones_have_entropy_of_their_own() {
+    need_kvm!();
+    let directory = tempfile::tempdir().expect("directory");
+    let code = bring_up(see_above(), 0, 0, &[0]).print("up");
+    // mov dx, 0x3fd; in al, dx; test al, 1; jz -9: until there is input.
+    let code = code.bytes(&[0x66, 0xba, 0xfd, 0x03, 0xec, 0xa8, 0x01, 0x74, 0xf7]);
+    let code = request(code, 0, 0, 0, &[(PAGE.into(), 32, true)]).print_memory(PAGE, 32);
+    let kernel = code.out(EXIT_PORT, SHUTDOWN).halt().flat();
+    let with_rng = |kernel: &Path| {
+        let mut config = config(kernel);
+        config.rng = Some(RngConfig::default());
+        config
+    };
+    let template = Machine::build(with_rng(kernel.path())).expect("build");
+    template.start().expect("start");
+    printed(&template, "up");
+    template.snapshot(directory.path()).expect("snapshot");
+    drop(template);
+    let mut seen = std::collections::HashSet::new();
+    for _ in 0..8 {
+        let clone = Machine::restore(with_rng(Path::new("")), directory.path()).expect("restore");
+        clone.start().expect("start");
+        assert_eq!(clone.console_input(b"x"), 1);
+        assert_eq!(wait(&clone), ExitReason::Shutdown);
+        let bytes = clone.console_tail();
+        assert_eq!(bytes.len(), 32);
+        assert!(seen.insert(bytes), "two clones have the same entropy");
+    }
 }
 
 /// How long a restore takes, and to the guest's first instruction. Printed, not judged: run with `--nocapture`.

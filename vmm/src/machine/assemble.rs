@@ -10,11 +10,11 @@ use seccomp::Confinement;
 
 use devices::GuestMemory;
 use devices::legacy::{EventSink, MachineEvent, Serial, SerialState};
-use devices::virtio::MmioTransport;
 use devices::virtio::balloon::BalloonHandle;
 use devices::virtio::fs::ShareControl;
 use devices::virtio::mem::MemHandle;
 use devices::virtio::vsock::Connector;
+use devices::virtio::{MmioTransport, WriteLog};
 
 use super::attach::{self, AttachError, VirtioSlots};
 use super::exit::{ExitReason, panic_message};
@@ -69,7 +69,8 @@ impl Assembly {
         let pluggable =
             config.pluggable.map(|config| reserve_pluggable(&vm, &memory, &mut above, config)).transpose()?;
         let device_memory = pluggable.as_ref().map_or(&memory, |(_, region)| &region.memory).clone();
-        let mut slots = VirtioSlots::new(&vm, &device_memory, &mut mmio, cmdline, config.confinement);
+        let writes = WriteLog::new(&memory);
+        let mut slots = VirtioSlots::new(&vm, &device_memory, writes.clone(), &mut mmio, cmdline, config.confinement);
         // The guest names devices of a kind by this order.
         let shares = config.fs.into_iter().map(|config| slots.fs(config)).collect::<Result<_, _>>()?;
         let replaceable = Slots::new(confinement);
@@ -87,7 +88,7 @@ impl Assembly {
         config.console.map(|config| slots.console(config)).transpose()?;
         let (loops, transports) = slots.into_parts();
         let buses = Buses { port: Arc::new(port), mmio: Arc::new(mmio) };
-        let hardware = Hardware { vm, transports, _above: above, memory, kvm, cpuid: Vec::new() };
+        let hardware = Hardware { vm, transports, _above: above, memory, kvm, cpuid: Vec::new(), writes, base: None };
         Ok(Self {
             confinement,
             name: config.name,
@@ -107,6 +108,15 @@ impl Assembly {
 
     pub(super) fn memory(&self) -> &GuestMemory {
         &self.hardware.memory
+    }
+
+    /// The machine goes on from the snapshot of this identity.
+    pub(super) fn restored_from(&mut self, identity: &str) {
+        self.hardware.base = Some(identity.to_owned());
+    }
+
+    pub(super) fn serial(&self) -> &Serial {
+        &self.serial
     }
 
     pub(super) fn vm(&self) -> &VmFd {

@@ -22,7 +22,7 @@ use devices::virtio::pmem::{Pmem, PmemConfig};
 use devices::virtio::rng::Rng;
 use devices::virtio::vhost_user::{VhostUser, VhostUserConfig, VhostUserError};
 use devices::virtio::vsock::{Connector, KernelVsock, KernelVsockConfig, Vsock, VsockConfig, VsockError};
-use devices::virtio::{Interrupt, MmioTransport, VirtioDevice};
+use devices::virtio::{Interrupt, MmioTransport, VirtioDevice, WriteLog};
 use devices::{BusDevice, GuestMemory};
 use seccomp::{Confinement, Role};
 
@@ -122,6 +122,7 @@ pub(super) fn legacy(
 pub(super) struct VirtioSlots<'a> {
     vm: &'a VmFd,
     memory: &'a GuestMemory,
+    writes: WriteLog,
     bus: &'a mut Bus,
     cmdline: &'a mut Cmdline,
     lines: IrqAllocator,
@@ -142,13 +143,14 @@ impl<'a> VirtioSlots<'a> {
     pub(super) fn new(
         vm: &'a VmFd,
         memory: &'a GuestMemory,
+        writes: WriteLog,
         bus: &'a mut Bus,
         cmdline: &'a mut Cmdline,
         confinement: Confinement,
     ) -> Self {
         let (lines, loops) = (IrqAllocator::default(), Loops { confinement, io: None, fs: None });
         let transports = Vec::new();
-        Self { vm, memory, bus, cmdline, lines, next_window: layout::MMIO_GAP_START, loops, transports }
+        Self { vm, memory, writes, bus, cmdline, lines, next_window: layout::MMIO_GAP_START, loops, transports }
     }
 
     pub(super) fn fs(&mut self, config: FsConfig) -> Result<ShareControl, AttachError> {
@@ -255,9 +257,8 @@ impl<'a> VirtioSlots<'a> {
         let line = self.lines.allocate()?;
         let interrupt = Interrupt::new(irq::wire(self.vm, line)?);
         let event_loop = self.loops.get(role)?;
-        let transport =
-            MmioTransport::new(device, self.memory.clone(), event_loop, interrupt).map_err(AttachError::Transport)?;
-        let transport = Arc::new(transport);
+        let transport = MmioTransport::new(device, self.memory.clone(), event_loop, interrupt);
+        let transport = Arc::new(transport.map_err(AttachError::Transport)?.noting(self.writes.clone()));
 
         let base = self.next_window;
         let address = base + QUEUE_NOTIFY;

@@ -23,11 +23,11 @@ use vmm_sys_util::eventfd::EventFd;
 
 use devices::GuestMemory;
 use devices::legacy::Serial;
-use devices::virtio::MmioTransport;
 use devices::virtio::balloon::BalloonHandle;
 use devices::virtio::fs::ShareControl;
 use devices::virtio::mem::MemHandle;
 use devices::virtio::vsock::Connector;
+use devices::virtio::{MmioTransport, WriteLog};
 
 use crate::event::LoopThread;
 use crate::hotplug::Slots;
@@ -81,6 +81,10 @@ struct Hardware {
     kvm: Kvm,
     /// What each processor was told about itself.
     cpuid: Vec<Vec<kvm_cpuid_entry2>>,
+    /// What was written to memory since the snapshot that is `base`, as far as KVM does not know it.
+    writes: WriteLog,
+    /// The identity of a snapshot that a difference can be saved to.
+    base: Option<String>,
 }
 
 impl Machine {

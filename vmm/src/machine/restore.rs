@@ -13,19 +13,16 @@ use super::{BuildError, Machine};
 use crate::arch::x86_64::cpuid::{FeatureGap, missing_features};
 use crate::arch::x86_64::layout;
 use crate::config::{MachineConfig, MemoryBacking, MemoryConfig, RestoreMemory};
-use crate::memory;
-use crate::snapshot::{CodecError, MachineState, Manifest, ManifestError, VerifyError, codec, open_memory, read_state};
+use crate::memory::{self, MemoryError};
+use crate::snapshot::{CodecError, Layers, LayersError, MachineState, codec, mapping};
 use crate::vcpu::VcpuRestoreError;
 
 /// Why a machine could not be restored.
 #[derive(Debug, thiserror::Error)]
 pub enum RestoreError {
-    /// There is no snapshot, or one of another format.
+    /// There is no snapshot, or it is not complete.
     #[error("There is no snapshot that can be restored")]
-    Manifest(#[from] ManifestError),
-    /// Its files are not what its manifest says.
-    #[error("The snapshot is not complete")]
-    Files(#[from] VerifyError),
+    Snapshot(#[from] LayersError),
     /// Its state file.
     #[error("The snapshot's state cannot be read")]
     State(#[from] CodecError),
@@ -74,36 +71,46 @@ impl Machine {
 
     /// As [`restore`](Self::restore), with memory that comes as `how` says.
     pub fn restore_with(config: MachineConfig, directory: &Path, how: RestoreMemory) -> Result<Self, RestoreError> {
-        let manifest = Manifest::read(directory)?;
-        let state = codec::decode(&read_state(directory, &manifest.state)?)?;
+        let layers = Layers::open(directory)?;
+        let state = codec::decode(layers.state())?;
         expect("vCPUs", state.vcpus.len() as u64, config.vcpus.into())?;
         expect("bytes of memory", state.memory_size, config.memory.size)?;
-        expect("bytes of memory", manifest.memory.length, config.memory.size)?;
+        expect("bytes of memory", layers.memory_size(), config.memory.size)?;
         expect("interrupt controllers", state.irqchips.len() as u64, IRQCHIPS.len() as u64)?;
         super::build::check_vcpus(config.vcpus)?;
 
         let kvm = open_kvm()?;
         let memory = match how {
-            RestoreMemory::Mapped => map_memory(&config.memory, directory, &manifest)?,
+            RestoreMemory::Mapped => map_memory(&config.memory, &layers)?,
         };
         // The guest has read it long ago.
         let mut cmdline =
             Cmdline::new(layout::CMDLINE_MAX).map_err(|error| BuildError::from(super::BootError::Cmdline(error)))?;
         let vcpus = config.vcpus;
-        let assembly = Assembly::new(config, kvm, memory, &mut cmdline, Some(&state.serial))?;
+        let mut assembly = Assembly::new(config, kvm, memory, &mut cmdline, Some(&state.serial))?;
+        assembly.restored_from(layers.identity());
         restore_devices(&assembly, &state)?;
         let processors = assembly.create_vcpus(vcpus)?;
         restore_processors(&assembly, &state, &processors)?;
+        // Not before the interrupt controllers are what they were.
+        assembly.serial().interrupt_again();
         let cpuid = state.vcpus.iter().map(|vcpu| vcpu.cpuid().to_vec()).collect();
         Ok(assembly.finish(processors, cpuid)?)
     }
 }
 
-/// A private mapping of the memory file. Nothing of it is read.
-fn map_memory(config: &MemoryConfig, directory: &Path, manifest: &Manifest) -> Result<GuestMemory, RestoreError> {
-    let file = open_memory(directory, &manifest.memory)?;
+/// Private mappings of the memory files. Nothing of them is read.
+fn map_memory(config: &MemoryConfig, layers: &Layers) -> Result<GuestMemory, RestoreError> {
+    let failed = |source| BuildError::from(MemoryError::File { size: config.size, source });
+    let file = layers.whole().try_clone().map_err(failed)?;
+    let pieces = layers.pieces()?;
     let config = MemoryConfig { backing: MemoryBacking::File { file, shared: false }, ..*config };
-    Ok(memory::reserve(&config).map_err(BuildError::from)?)
+    let memory = memory::reserve(&config).map_err(BuildError::from)?;
+    if !pieces.is_empty() {
+        mapping::overlay(&memory, &pieces, mapping::MAX_MAPPINGS).map_err(failed)?;
+        memory::settle(&config, &memory).map_err(BuildError::from)?;
+    }
+    Ok(memory)
 }
 
 fn expect(what: &'static str, saved: u64, configured: u64) -> Result<(), RestoreError> {

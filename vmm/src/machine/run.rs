@@ -37,8 +37,12 @@ impl Machine {
 
     /// Lets devices that came from a snapshot go on.
     fn unpark(&self) {
-        let hardware = self.hardware.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(hardware) = hardware.as_ref() {
+        let mut hardware = self.hardware.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(hardware) = hardware.as_mut() {
+            if !hardware.writes.is_kept() {
+                // Nobody knows from here on what differs.
+                hardware.base = None;
+            }
             hardware.transports.iter().for_each(|transport| transport.unpark());
         }
     }

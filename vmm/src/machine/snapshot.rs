@@ -1,8 +1,7 @@
 //! Writing a machine to a directory.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::File;
 use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::{Arc, PoisonError};
 
@@ -12,34 +11,74 @@ use sha2::{Digest, Sha256};
 use devices::virtio::{MmioTransport, SaveError, TransportState};
 
 use super::{Hardware, Machine};
-use crate::snapshot::manifest::{FORMAT, StateFile};
-use crate::snapshot::{MANIFEST, MEMORY, MachineState, Manifest, STATE, SnapshotError, codec, hex, write_memory};
+use crate::snapshot::manifest::{Base, FORMAT, StateFile};
+use crate::snapshot::{
+    Draft, Layers, MANIFEST, MAX_LAYERS, MEMORY, MachineState, Manifest, STATE, SnapshotError, codec, dirty, hex,
+    write_memory, write_noted,
+};
 use crate::vcpu::VcpuState;
 
 /// The interrupt controllers that KVM emulates.
 pub(super) const IRQCHIPS: [u32; 3] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
 
 impl Machine {
+    /// Keeps track from now on of what is written to guest memory, so that snapshots can be differences. The first can be
+    /// one to the snapshot that the machine was restored from, where this is called before it is
+    /// [started](Self::start); else to the first that it is saved to. The guest pays for it with an exit for each page
+    /// that it writes to for the first time after a snapshot.
+    pub fn track_writes(&self) -> Result<(), SnapshotError> {
+        let hardware = self.hardware.lock().unwrap_or_else(PoisonError::into_inner);
+        let hardware = hardware.as_ref().ok_or(SnapshotError::Gone)?;
+        if !hardware.writes.is_kept() {
+            dirty::begin(&hardware.vm, &hardware.memory)?;
+            hardware.writes.keep();
+        }
+        Ok(())
+    }
+
     /// Pauses the machine and writes it to `directory`, which is made where it does not exist. A snapshot that is there
-    /// already is replaced, file by file with new ones, so that machines that were restored from it keep what they
-    /// have mapped; until the end there is none in the directory.
+    /// already is replaced by new files when all are written, so that machines that were restored from it keep what
+    /// they have mapped.
     ///
     /// The machine stays paused, and can go on whatever the outcome. Files are for this user alone: they hold the
     /// guest's secrets.
     pub fn snapshot(&self, directory: &Path) -> Result<(), SnapshotError> {
+        self.save(directory, None)
+    }
+
+    /// As [`snapshot`](Self::snapshot), with the memory alone that was written since the one in `base`, which must be the
+    /// last that the machine was saved to or restored from; see [`track_writes`](Self::track_writes). It is needed for
+    /// as long as the new one is.
+    ///
+    /// What was written is forgotten only when it is saved: after an error, it is in the next difference.
+    pub fn snapshot_diff(&self, directory: &Path, base: &Path) -> Result<(), SnapshotError> {
+        self.save(directory, Some(base))
+    }
+
+    fn save(&self, directory: &Path, base: Option<&Path>) -> Result<(), SnapshotError> {
         self.pause()?;
-        let hardware = self.hardware.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(hardware) = hardware.as_ref() else {
+        let mut hardware = self.hardware.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(hardware) = hardware.as_mut() else {
             // Stopped meanwhile.
             return Err(self.pause().err().map_or(SnapshotError::Gone, Into::into));
         };
-        let parked = Parked::new(&hardware.transports);
+        let base = base.map(|base| base_for(hardware, directory, base)).transpose()?;
+        if !hardware.writes.is_kept() {
+            // Devices go on after this, whatever comes of it.
+            hardware.base = None;
+        }
+        let parked = Parked::new(hardware.transports.clone());
         // Saving makes KVM write to guest memory (kvmclock, the steal time): before the memory is.
         let state = self.save_state(hardware, &parked)?;
-        self.write(directory, hardware, &state)
+        if hardware.writes.is_kept() {
+            dirty::collect(&hardware.vm, &hardware.memory, &hardware.writes)?;
+        }
+        let saved = self.write(directory, hardware, &state, base)?;
+        hardware.saved_as(saved);
+        Ok(())
     }
 
-    fn save_state(&self, hardware: &Hardware, parked: &Parked<'_>) -> Result<MachineState, SnapshotError> {
+    fn save_state(&self, hardware: &Hardware, parked: &Parked) -> Result<MachineState, SnapshotError> {
         let kvm = |call| move |source| SnapshotError::Kvm { call, source };
         let devices = parked.save().map_err(|(position, source)| SnapshotError::Device { position, source })?;
         let msrs = hardware.kvm.get_msr_index_list().map_err(kvm("KVM_GET_MSR_INDEX_LIST"))?;
@@ -61,22 +100,30 @@ impl Machine {
         Ok(MachineState { memory_size, vcpus, irqchips, clock, serial: self.serial.save(), devices })
     }
 
-    fn write(&self, directory: &Path, hardware: &Hardware, state: &MachineState) -> Result<(), SnapshotError> {
-        fs::create_dir_all(directory).map_err(SnapshotError::write(directory))?;
-        let path = directory.join(MANIFEST);
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(SnapshotError::write(&path)(error));
-            }
-            _ => {}
-        }
+    /// Returns the identity of what was written.
+    fn write(
+        &self,
+        directory: &Path,
+        hardware: &Hardware,
+        state: &MachineState,
+        base: Option<Layers>,
+    ) -> Result<String, SnapshotError> {
+        let mut draft = Draft::begin(directory)?;
         let bytes = codec::encode(state)?;
-        let memory = replace(directory, MEMORY, |file, path| write_memory(&hardware.memory, file, path))?;
+        let (memory, base) = match base {
+            None => (draft.put(MEMORY, |file, path| write_memory(&hardware.memory, file, path))?, None),
+            Some(base) => {
+                let put = |file: &File, path: &Path| write_noted(&hardware.memory, &hardware.writes, file, path);
+                let (memory, pages) = draft.put(MEMORY, put)?;
+                draft.put_base(base.directory())?;
+                (memory, Some(Base { manifest: base.identity().to_owned(), pages }))
+            }
+        };
         let put = |bytes: &[u8]| {
             let bytes = bytes.to_owned();
             move |file: &File, path: &Path| (&*file).write_all(&bytes).map_err(SnapshotError::write(path))
         };
-        replace(directory, STATE, put(&bytes))?;
+        draft.put(STATE, put(&bytes))?;
         let manifest = Manifest {
             format: FORMAT,
             writer: env!("CARGO_PKG_VERSION").into(),
@@ -85,10 +132,41 @@ impl Machine {
             devices: state.devices.iter().map(|device| device.device_type).collect(),
             state: StateFile { length: bytes.len() as u64, sha256: hex(&Sha256::digest(&bytes)) },
             memory,
+            base,
         };
+        let path = directory.join(MANIFEST);
         let text = serde_json::to_vec_pretty(&manifest).map_err(|error| SnapshotError::write(&path)(error.into()))?;
-        replace(directory, MANIFEST, put(&text))
+        draft.put(MANIFEST, put(&text))?;
+        draft.publish()?;
+        Ok(hex(&Sha256::digest(&text)))
     }
+}
+
+impl Hardware {
+    /// What was written is in a snapshot of this identity, and nothing was written since.
+    fn saved_as(&mut self, identity: String) {
+        self.writes.clear();
+        self.base = self.writes.is_kept().then_some(identity);
+    }
+}
+
+/// The snapshot in `base`, which a difference can be saved to.
+fn base_for(hardware: &Hardware, directory: &Path, base: &Path) -> Result<Layers, SnapshotError> {
+    if let Some(position) = hardware.transports.iter().position(|transport| !transport.writes_are_known()) {
+        return Err(SnapshotError::Untold { position });
+    }
+    let layers = Layers::open(base).map_err(|source| SnapshotError::NoBase { base: base.to_owned(), source })?;
+    if !hardware.writes.is_kept() || hardware.base.as_deref() != Some(layers.identity()) {
+        return Err(SnapshotError::NotTheLast { base: base.to_owned() });
+    }
+    if layers.directories().count() == MAX_LAYERS {
+        return Err(SnapshotError::TooMany { base: base.to_owned() });
+    }
+    // One that does not exist is none of them.
+    if directory.canonicalize().is_ok_and(|directory| layers.directories().any(|layer| layer == directory)) {
+        return Err(SnapshotError::InPlace { directory: directory.to_owned() });
+    }
+    Ok(layers)
 }
 
 fn memory_size(hardware: &Hardware) -> u64 {
@@ -96,25 +174,11 @@ fn memory_size(hardware: &Hardware) -> u64 {
     hardware.memory.iter().map(GuestMemoryRegion::len).sum()
 }
 
-/// Writes a new file, which then takes the place of the old one.
-fn replace<T>(
-    directory: &Path,
-    name: &str,
-    write: impl FnOnce(&File, &Path) -> Result<T, SnapshotError>,
-) -> Result<T, SnapshotError> {
-    let (path, new) = (directory.join(name), directory.join(format!("{name}.new")));
-    let file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new);
-    let file = file.map_err(SnapshotError::write(&new))?;
-    let written = write(&file, &new)?;
-    file.sync_all().and_then(|()| fs::rename(&new, &path)).map_err(SnapshotError::write(&path))?;
-    Ok(written)
-}
-
 /// Devices that touch nothing until this is dropped.
-struct Parked<'a>(&'a [Arc<MmioTransport>]);
+struct Parked(Vec<Arc<MmioTransport>>);
 
-impl<'a> Parked<'a> {
-    fn new(transports: &'a [Arc<MmioTransport>]) -> Self {
+impl Parked {
+    fn new(transports: Vec<Arc<MmioTransport>>) -> Self {
         transports.iter().for_each(|transport| transport.park());
         Self(transports)
     }
@@ -125,7 +189,7 @@ impl<'a> Parked<'a> {
     }
 }
 
-impl Drop for Parked<'_> {
+impl Drop for Parked {
     fn drop(&mut self) {
         self.0.iter().for_each(|transport| transport.unpark());
     }

@@ -130,14 +130,21 @@ pub fn reserve(config: &MemoryConfig) -> Result<GuestMemory, MemoryError> {
         offset += length;
     }
     let memory = GuestMemory::from_regions(regions).map_err(MemoryError::Assemble)?;
+    settle(config, &memory)?;
+    Ok(memory)
+}
+
+/// Gives the mappings of `memory` the properties that were asked for; again where some of them were replaced.
+pub(crate) fn settle(config: &MemoryConfig, memory: &GuestMemory) -> Result<(), MemoryError> {
     if config.prealloc {
-        advise(&memory, libc::MADV_POPULATE_WRITE).map_err(|source| MemoryError::Prealloc { size, source })?;
+        let size = config.size;
+        advise(memory, libc::MADV_POPULATE_WRITE).map_err(|source| MemoryError::Prealloc { size, source })?;
     }
     if !config.core_dump {
         // It is the guest's, and large.
-        advise(&memory, libc::MADV_DONTDUMP).map_err(MemoryError::CoreDump)?;
+        advise(memory, libc::MADV_DONTDUMP).map_err(MemoryError::CoreDump)?;
     }
-    Ok(memory)
+    Ok(())
 }
 
 fn reserve_region(source: &Source, offset: u64, start: u64, length: u64) -> Result<GuestRegionMmap<()>, MemoryError> {

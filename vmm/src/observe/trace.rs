@@ -29,12 +29,21 @@ impl TracePoints {
         self.debug_port.user_space_at()
     }
 
+    /// Now, on the clock of the stations.
+    pub fn now() -> u64 {
+        let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: `now` is a timespec that the call fills; the clock exists on every Linux.
+        unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut now) };
+        // Neither is negative on a clock that counts from boot.
+        now.tv_sec.cast_unsigned() * 1_000_000_000 + now.tv_nsec.cast_unsigned()
+    }
+
     pub(crate) fn record_vm_created(&self) {
-        self.vm_created.store(now(), Ordering::Relaxed);
+        self.vm_created.store(Self::now(), Ordering::Relaxed);
     }
 
     pub(crate) fn record_first_run(&self) {
-        self.first_run.store(now(), Ordering::Relaxed);
+        self.first_run.store(Self::now(), Ordering::Relaxed);
     }
 
     /// The port that tells T3.
@@ -45,12 +54,4 @@ impl TracePoints {
 
 fn get(point: &AtomicU64) -> Option<u64> {
     Some(point.load(Ordering::Relaxed)).filter(|at| *at != 0)
-}
-
-fn now() -> u64 {
-    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: `now` is a timespec that the call fills; the clock exists on every Linux.
-    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut now) };
-    // Neither is negative on a clock that counts from boot.
-    now.tv_sec.cast_unsigned() * 1_000_000_000 + now.tv_nsec.cast_unsigned()
 }

@@ -8,8 +8,11 @@ use serde::{Deserialize, Serialize};
 
 use super::MANIFEST;
 
-/// The version of the manifest and of the memory file that is written and read.
-pub const FORMAT: u32 = 1;
+/// The version of the manifest and of the memory file that is written.
+pub const FORMAT: u32 = 2;
+
+/// The oldest one that is read. It knows no snapshots that are differences.
+pub const OLDEST_FORMAT: u32 = 1;
 
 /// Largest manifest: a checksum for each MiB of the most memory would be more, but such a machine has no place to be
 /// saved to.
@@ -33,6 +36,20 @@ pub struct Manifest {
     pub state: StateFile,
     /// The memory file.
     pub memory: MemoryFile,
+    /// Where this is the difference to another snapshot: to which.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<Base>,
+}
+
+/// The snapshot that another one is the difference to. It is in the directory that [`BASE`](super::BASE) leads to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Base {
+    /// SHA-256 of its manifest in hexadecimal, and thereby of all that it is.
+    pub manifest: String,
+    /// The pages that are in this snapshot's memory file: runs of them in order, each its first page and how many. All
+    /// others are the base's.
+    pub pages: Vec<(u64, u64)>,
 }
 
 /// What the state file must be.
@@ -76,20 +93,25 @@ pub enum ManifestError {
     #[error("The manifest is malformed")]
     Json(#[source] serde_json::Error),
     /// Another format.
-    #[error("The snapshot has format {0}; format {FORMAT} can be read")]
+    #[error("The snapshot has format {0}; formats {OLDEST_FORMAT} to {FORMAT} can be read")]
     Format(u32),
 }
 
 impl Manifest {
     /// Reads the manifest of the snapshot in `directory`.
     pub fn read(directory: &Path) -> Result<Self, ManifestError> {
+        Self::decode(&Self::read_bytes(directory)?)
+    }
+
+    /// The bytes of the manifest in `directory`.
+    pub(crate) fn read_bytes(directory: &Path) -> Result<Vec<u8>, ManifestError> {
         let path = directory.join(MANIFEST);
         let bytes = fs::metadata(&path).and_then(|metadata| match metadata.len() {
             length if length > MAX_LEN => Ok(Err(ManifestError::TooLarge(length))),
             _ => fs::read(&path).map(Ok),
         });
         match bytes {
-            Ok(bytes) => Self::decode(&bytes?),
+            Ok(bytes) => bytes,
             Err(source) => Err(ManifestError::Read { path, source }),
         }
     }
@@ -102,7 +124,7 @@ impl Manifest {
             format: u32,
         }
         let Any { format } = serde_json::from_slice(bytes).map_err(ManifestError::Json)?;
-        if format != FORMAT {
+        if !(OLDEST_FORMAT..=FORMAT).contains(&format) {
             return Err(ManifestError::Format(format));
         }
         serde_json::from_slice(bytes).map_err(ManifestError::Json)

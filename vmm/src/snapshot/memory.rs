@@ -9,10 +9,15 @@ use sha2::{Digest, Sha256};
 use vm_memory::{Bytes, GuestMemory as _, GuestMemoryRegion, MemoryRegionAddress};
 
 use devices::GuestMemory;
+use devices::virtio::WriteLog;
 
+use super::layers::{Layers, LayersError};
 use super::manifest::{MemoryFile, StateFile};
-use super::{MEMORY, Manifest, ManifestError, STATE, SnapshotError, hex};
+use super::pieces::runs;
+use super::{MEMORY, Manifest, STATE, SnapshotError, hex};
 use crate::memory::PAGE_SIZE;
+
+type Region = vm_memory::GuestRegionMmap<()>;
 
 /// Bytes of a chunk, which has one checksum: the unit in which damage is found.
 const CHUNK: u64 = 1 << 20;
@@ -23,9 +28,6 @@ const PRESENT_OR_SWAPPED: u64 = 0b11 << 62;
 /// Why the files of a snapshot are not what the manifest says.
 #[derive(Debug, thiserror::Error)]
 pub enum VerifyError {
-    /// There is no manifest to verify them by.
-    #[error(transparent)]
-    Manifest(#[from] ManifestError),
     /// A file cannot be read.
     #[error("Cannot read {}", path.display())]
     Read {
@@ -69,40 +71,87 @@ pub enum VerifyError {
 
 /// Writes `memory` to a fresh file, without its pages of zeros.
 pub(crate) fn write(memory: &GuestMemory, file: &File, path: &Path) -> Result<MemoryFile, SnapshotError> {
+    write_chunks(memory, file, |region, _| {
+        let touched = Touched::of(region)?;
+        Ok(
+            move |chunk: &mut [u8], offset| {
+                if touched.any(offset, chunk.len() as u64) {
+                    read(region, chunk, offset).map(|()| true)
+                } else {
+                    Ok(false)
+                }
+            },
+        )
+    })
+    .map_err(SnapshotError::write(path))
+}
+
+/// Writes the pages that `log` has of `memory` to a fresh file, each at its place; returns which they are.
+pub(crate) fn write_noted(
+    memory: &GuestMemory,
+    log: &WriteLog,
+    file: &File,
+    path: &Path,
+) -> Result<(MemoryFile, Vec<(u64, u64)>), SnapshotError> {
+    let mut pages = Vec::new();
+    let mut first = 0;
+    for (index, region) in memory.iter().enumerate() {
+        let count = region.len() / PAGE_SIZE;
+        pages.extend(runs(&log.pages(index), count, first));
+        first += count;
+    }
+    let written = write_chunks(memory, file, |region, start| {
+        let mut noted = pages.iter().map(|(page, count)| page * PAGE_SIZE..(page + count) * PAGE_SIZE).peekable();
+        Ok(move |chunk: &mut [u8], offset| {
+            let (begin, end) = (start + offset, start + offset + chunk.len() as u64);
+            while noted.next_if(|run| run.end <= begin).is_some() {}
+            if noted.peek().is_none_or(|run| run.start >= end) {
+                return Ok(false);
+            }
+            chunk.fill(0);
+            // The last run may go on in the next chunk.
+            for run in noted.clone().take_while(|run| run.start < end) {
+                let (from, to) = (run.start.max(begin), run.end.min(end));
+                let place = usize::try_from(from - begin).ok().zip(usize::try_from(to - begin).ok());
+                let part = place.and_then(|(from, to)| chunk.get_mut(from..to)).unwrap_or_default();
+                read(region, part, from - start)?;
+            }
+            Ok(true)
+        })
+    });
+    Ok((written.map_err(SnapshotError::write(path))?, pages))
+}
+
+/// Writes what `reader` makes of each region at its place in the file: a function that fills the chunk at an offset into
+/// the region, or says that there is nothing in it.
+fn write_chunks<'m, R: FnMut(&mut [u8], u64) -> io::Result<bool>>(
+    memory: &'m GuestMemory,
+    file: &File,
+    reader: impl Fn(&'m Region, u64) -> io::Result<R>,
+) -> io::Result<MemoryFile> {
     let length: u64 = memory.iter().map(GuestMemoryRegion::len).sum();
-    file.set_len(length).map_err(SnapshotError::write(path))?;
+    file.set_len(length)?;
     let mut sha256 = Vec::new();
+    let mut buffer = vec![0; usize::try_from(CHUNK).map_err(io::Error::other)?];
     let mut start = 0;
     for region in memory.iter() {
         // Regions are multiples of a chunk but for the last, as the hole in memory begins at one.
-        write_region(region, file, start, &mut sha256).map_err(SnapshotError::write(path))?;
+        let mut fill = reader(region, start)?;
+        let mut offset = 0;
+        while offset < region.len() {
+            let length = CHUNK.min(region.len() - offset);
+            let chunk = buffer.get_mut(..usize::try_from(length).map_err(io::Error::other)?).unwrap_or_default();
+            let zero = !fill(chunk, offset)? || write_pages(chunk, file, start + offset)?;
+            sha256.push((!zero).then(|| hex(&Sha256::digest(&*chunk))));
+            offset += length;
+        }
         start += region.len();
     }
     Ok(MemoryFile { length, chunk: CHUNK, sha256 })
 }
 
-fn write_region(
-    region: &vm_memory::GuestRegionMmap<()>,
-    file: &File,
-    start: u64,
-    sha256: &mut Vec<Option<String>>,
-) -> io::Result<()> {
-    let touched = Touched::of(region)?;
-    let mut buffer = vec![0; usize::try_from(CHUNK).map_err(io::Error::other)?];
-    let mut offset = 0;
-    while offset < region.len() {
-        let length = CHUNK.min(region.len() - offset);
-        let chunk = buffer.get_mut(..usize::try_from(length).map_err(io::Error::other)?).unwrap_or_default();
-        let zero = if touched.any(offset, length) {
-            region.read_slice(chunk, MemoryRegionAddress(offset)).map_err(io::Error::other)?;
-            write_pages(chunk, file, start + offset)?
-        } else {
-            true
-        };
-        sha256.push((!zero).then(|| hex(&Sha256::digest(chunk))));
-        offset += length;
-    }
-    Ok(())
+fn read(region: &Region, chunk: &mut [u8], offset: u64) -> io::Result<()> {
+    region.read_slice(chunk, MemoryRegionAddress(offset)).map_err(io::Error::other)
 }
 
 /// Writes the runs of pages that are not zeros; true when there are none.
@@ -129,7 +178,7 @@ fn write_pages(chunk: &[u8], file: &File, start: u64) -> io::Result<bool> {
 struct Touched(Option<Vec<u64>>);
 
 impl Touched {
-    fn of(region: &vm_memory::GuestRegionMmap<()>) -> io::Result<Self> {
+    fn of(region: &Region) -> io::Result<Self> {
         if region.file_offset().is_some() {
             return Ok(Self(None));
         }
@@ -183,19 +232,22 @@ pub(crate) fn read_state(directory: &Path, expected: &StateFile) -> Result<Vec<u
     Ok(bytes)
 }
 
-/// Compares all of the snapshot in `directory` with its manifest. Restoring looks at the state and at sizes alone, as
-/// reading all memory takes longer than everything else that it does: call this first for a snapshot that comes from
-/// far away.
-pub fn verify(directory: &Path) -> Result<(), VerifyError> {
-    let manifest = Manifest::read(directory)?;
-    read_state(directory, &manifest.state)?;
+/// Compares all of the snapshot in `directory`, and of those that it is the difference to, with their manifests.
+/// Restoring looks at the state and at sizes alone, as reading all memory takes longer than everything else that it does:
+/// call this first for a snapshot that comes from far away.
+pub fn verify(directory: &Path) -> Result<(), LayersError> {
+    let layers = Layers::open(directory)?;
+    layers.pieces()?;
+    Ok(layers.memories().try_for_each(verify_memory)?)
+}
+
+fn verify_memory((directory, manifest, file): (&Path, &Manifest, &File)) -> Result<(), VerifyError> {
     let MemoryFile { length, chunk, sha256 } = &manifest.memory;
     let chunks = if *chunk == CHUNK { length.div_ceil(CHUNK) } else { u64::MAX };
     if chunks != sha256.len() as u64 {
         return Err(VerifyError::Chunks { present: sha256.len(), length: *length, chunk: *chunk });
     }
     let path = directory.join(MEMORY);
-    let file = open(directory, &manifest.memory)?;
     let mut buffer = vec![0; usize::try_from(CHUNK).unwrap_or_default()];
     for (index, sum) in (0..).zip(sha256) {
         let offset = index * CHUNK;

@@ -4,26 +4,34 @@
 //! | --- | --- |
 //! | `memory` | guest memory, region after region; pages of zeros are holes |
 //! | `state` | everything else, see [`codec`] |
-//! | `manifest` | what the other two must be: JSON, written last, so that without it there is no snapshot |
+//! | `manifest` | what the other two must be: JSON, put in place last, so that without it there is no snapshot |
+//! | `base` | a link to the directory of another snapshot, where this one is the difference to that |
 //!
 //! `docs/snapshots.md` says which versions understand each other and what a restored guest must be told.
 
 pub mod codec;
+pub(crate) mod dirty;
+mod draft;
+pub mod layers;
 pub mod manifest;
+pub(crate) mod mapping;
 mod memory;
+pub mod pieces;
 mod state;
 
 use std::io;
 use std::path::{Path, PathBuf};
 
 pub use codec::CodecError;
+pub use layers::{Layers, LayersError, MAX_LAYERS};
 pub use manifest::{Manifest, ManifestError};
 pub use memory::{VerifyError, verify};
 pub use state::MachineState;
 
 use devices::virtio::SaveError;
 
-pub(crate) use memory::{open as open_memory, read_state, write as write_memory};
+pub(crate) use draft::Draft;
+pub(crate) use memory::{write as write_memory, write_noted};
 
 /// The memory file.
 pub const MEMORY: &str = "memory";
@@ -31,6 +39,8 @@ pub const MEMORY: &str = "memory";
 pub const STATE: &str = "state";
 /// The manifest.
 pub const MANIFEST: &str = "manifest";
+/// The link to the snapshot that one is the difference to.
+pub const BASE: &str = "base";
 
 /// Why a machine could not be saved. It is paused then and can go on.
 #[derive(Debug, thiserror::Error)]
@@ -49,6 +59,45 @@ pub enum SnapshotError {
         /// Why.
         #[source]
         source: SaveError,
+    },
+    /// A device whose writes to memory nobody knows.
+    #[error(
+        "There is no difference to save: the host's kernel or another process writes to memory for device {position}"
+    )]
+    Untold {
+        /// Its place in the order of attachment.
+        position: usize,
+    },
+    /// A difference to a snapshot that is not the machine's last.
+    #[error(
+        "There is no difference to {} to save: it is not the last snapshot that the machine was saved to or restored \
+         from while it kept track of what is written",
+        base.display()
+    )]
+    NotTheLast {
+        /// What was asked for.
+        base: PathBuf,
+    },
+    /// The base has no snapshot.
+    #[error("There is no difference to {} to save", base.display())]
+    NoBase {
+        /// What was asked for.
+        base: PathBuf,
+        /// Why.
+        #[source]
+        source: LayersError,
+    },
+    /// A difference in the place of what it is the difference to.
+    #[error("A difference cannot take the place of {}, which it needs", directory.display())]
+    InPlace {
+        /// Where it was to be written.
+        directory: PathBuf,
+    },
+    /// No more differences.
+    #[error("The snapshot in {} is made of {MAX_LAYERS} others already: save a whole one", base.display())]
+    TooMany {
+        /// The topmost of them.
+        base: PathBuf,
     },
     /// A processor.
     #[error("A processor cannot be saved")]

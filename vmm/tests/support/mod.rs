@@ -2,6 +2,8 @@
 
 #![allow(dead_code, reason = "each test binary uses a part")]
 
+pub mod virtio;
+
 use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::path::Path;
