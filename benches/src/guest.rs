@@ -1,4 +1,4 @@
-//! The smallest guest: it says on the debug port that it runs, and triple-faults.
+//! The smallest guests: they say on the debug port that they run, and triple-fault.
 
 use std::io::{self, Write};
 
@@ -7,18 +7,35 @@ use tempfile::NamedTempFile;
 /// `mov al, 0x41; out 0x80, al; ud2`. Means the same in 32-bit and 64-bit mode.
 const CODE: [u8; 6] = [0xb0, 0x41, 0xe6, 0x80, 0x0f, 0x0b];
 
+/// Waits for 1 in the byte at [`RELEASE`], after it has said `w` on the console. For 64-bit mode:
+/// `mov al, 'w'; mov dx, 0x3f8; out dx, al; cmp byte [RELEASE], 1; jne -10`
+const WAIT: [u8; 17] =
+    [0xb0, b'w', 0x66, 0xba, 0xf8, 0x03, 0xee, 0x80, 0x3c, 0x25, 0x00, 0x00, 0x20, 0x00, 0x01, 0x75, 0xf6];
+
+/// Where a guest that waits looks.
+pub const RELEASE: u64 = 0x20_0000;
+
 /// Where it is loaded: the start of memory above the legacy hole.
 const ADDRESS: u64 = 0x10_0000;
 
 /// Writes the guest as an ELF kernel with one segment and no PVH note, which every VMM enters by
 /// the Linux 64-bit boot protocol.
 pub fn write() -> io::Result<NamedTempFile> {
+    file(&CODE)
+}
+
+/// The same, which waits first: to be saved there, and released where it is restored.
+pub fn write_waiting() -> io::Result<NamedTempFile> {
+    file(&[&WAIT[..], &CODE].concat())
+}
+
+fn file(code: &[u8]) -> io::Result<NamedTempFile> {
     let mut file = NamedTempFile::new()?;
-    file.write_all(&elf())?;
+    file.write_all(&elf(code))?;
     Ok(file)
 }
 
-fn elf() -> Vec<u8> {
+fn elf(code: &[u8]) -> Vec<u8> {
     const HEADER_SIZE: u16 = 64;
     const PROGRAM_HEADER_SIZE: u16 = 56;
     const EXECUTABLE: u16 = 2;
@@ -39,9 +56,9 @@ fn elf() -> Vec<u8> {
     elf.extend([HEADER_SIZE, PROGRAM_HEADER_SIZE, 1, 0, 0, 0].map(u16::to_le_bytes).concat());
 
     elf.extend([LOAD, READ_WRITE_EXECUTE].map(u32::to_le_bytes).concat());
-    let size = CODE.len() as u64;
+    let size = code.len() as u64;
     elf.extend([OFFSET, ADDRESS, ADDRESS, size, size, OFFSET].map(u64::to_le_bytes).concat());
     elf.resize(0x1000, 0);
-    elf.extend(CODE);
+    elf.extend(code);
     elf
 }
