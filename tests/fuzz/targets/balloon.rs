@@ -1,4 +1,4 @@
-//! Pages, statistics, reports and hints for the balloon (virtio 1.2 section 5.5.6).
+//! Pages, statistics and reports for the balloon (virtio 1.2 section 5.5.6).
 
 #![no_main]
 
@@ -13,7 +13,6 @@ use libfuzzer_sys::fuzz_target;
 enum BalloonRequest {
     Pages { deflate: bool, first: u32, count: u16, step: u8 },
     Stats(Vec<(u8, u64)>),
-    Hint(u32),
     Bytes(Vec<u8>),
 }
 
@@ -22,7 +21,6 @@ impl Request for BalloonRequest {
         match self {
             Self::Pages { deflate, .. } => Some((*deflate).into()),
             Self::Stats(_) => Some(2),
-            Self::Hint(_) => Some(3),
             Self::Bytes(_) => None,
         }
     }
@@ -36,7 +34,6 @@ impl Request for BalloonRequest {
                 .iter()
                 .flat_map(|(tag, value)| [&u16::from(*tag).to_le_bytes()[..], &value.to_le_bytes()].concat())
                 .collect(),
-            Self::Hint(command) => command.to_le_bytes().into(),
             Self::Bytes(bytes) => bytes.clone(),
         }
     }
@@ -47,13 +44,13 @@ fuzz_target!(|case: Case<BalloonRequest>| {
         target: 1 << 20,
         deflate_on_oom: true,
         free_page_reporting: true,
-        free_page_hinting: true,
         stats_interval: None,
     };
     let (balloon, handle) = Balloon::new(&config, 2 * REGION_SIZE).expect("A balloon");
-    let host = move |said: &[u8]| match said {
-        [] => drop(handle.hint_free_pages()),
-        [pages, ..] => drop(handle.set_target(u64::from(*pages) << 14)),
+    let host = move |said: &[u8]| {
+        if let [pages, ..] = said {
+            drop(handle.set_target(u64::from(*pages) << 14));
+        }
     };
     play_with(Box::new(balloon), memory(), &case, Box::new(host));
 });

@@ -78,9 +78,10 @@ fn fill(host: &VolatileSlice<'_>, file: &File, part: Range<u64>) -> io::Result<(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::PAGE_SIZE;
     use std::os::unix::fs::FileExt;
     use vm_memory::{Bytes, GuestAddress};
+
+    const PAGE: usize = 4096;
 
     /// Two regions: pages 0 to 7 at 0, pages 8 to 11 at 1 GiB.
     fn memory() -> GuestMemory {
@@ -91,7 +92,7 @@ mod tests {
     fn file(mark: u8) -> File {
         let file = tempfile::tempfile().expect("file");
         for page in 0..12_u8 {
-            file.write_all_at(&[mark + page; PAGE_SIZE as usize], u64::from(page) * PAGE_SIZE).expect("write");
+            file.write_all_at(&[mark + page; PAGE], u64::from(page) << 12).expect("write");
         }
         file
     }
@@ -100,7 +101,7 @@ mod tests {
         let page = |page: u64| if page < 8 { page << 12 } else { (1 << 30) + ((page - 8) << 12) };
         (0..12)
             .map(|number| {
-                let mut bytes = [0; PAGE_SIZE as usize];
+                let mut bytes = [0; PAGE];
                 memory.read_slice(&mut bytes, GuestAddress(page(number))).expect("read");
                 assert!(bytes.iter().all(|byte| *byte == bytes[0]));
                 bytes[0]

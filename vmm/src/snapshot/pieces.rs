@@ -128,24 +128,25 @@ mod tests {
         /// Against a page at a time.
         #[test]
         fn merging_is_what_each_page_says(words in prop::collection::vec(prop::collection::vec(any::<u64>(), 3), 1..5)) {
-            const PAGES: u64 = 170;
+            const PAGES: usize = 170;
             let mut merged = Vec::new();
-            let mut expected = vec![None; PAGES as usize];
+            let mut expected = vec![None; PAGES];
             for (layer, words) in words.iter().enumerate() {
-                let list = Piece::list(&runs(words, PAGES, 0), PAGES * PAGE_SIZE, layer).expect("in order");
+                let list = Piece::list(&runs(words, PAGES as u64, 0), PAGES as u64 * PAGE_SIZE, layer).expect("in order");
                 merged = beneath(merged, &list);
-                for page in 0..PAGES as usize {
+                for page in 0..PAGES {
                     if words[page / 64] >> (page % 64) & 1 == 1 && expected[page].is_none() {
                         expected[page] = Some(layer);
                     }
                 }
             }
-            let mut found = vec![None; PAGES as usize];
+            let mut found = vec![None; PAGES];
             let mut end = 0;
             for Piece { page, count, layer } in merged {
                 prop_assert!(page >= end && count > 0);
                 end = page + count;
-                found[page as usize..end as usize].fill(Some(layer));
+                let at = |page: u64| usize::try_from(page).expect("small");
+                found[at(page)..at(end)].fill(Some(layer));
             }
             prop_assert_eq!(found, expected);
         }

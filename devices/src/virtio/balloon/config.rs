@@ -18,7 +18,6 @@ use crate::virtio::{ActivateError, Activation, DeviceState, RestoreError, SaveEr
 /// a file has there, and never a pattern of the guest's.
 pub const F_STATS_VQ: u64 = 1;
 const F_DEFLATE_ON_OOM: u64 = 2;
-pub const F_FREE_PAGE_HINT: u64 = 3;
 pub const F_REPORTING: u64 = 5;
 
 /// Linux sends one request at a time; it reports free pages only where a queue has 32 entries.
@@ -37,9 +36,6 @@ pub struct BalloonConfig {
     pub deflate_on_oom: bool,
     /// Whether the guest reports pages as they become free.
     pub free_page_reporting: bool,
-    /// Whether the guest can be asked what is free. Linux takes pages back during a run when
-    /// memory is short, even ones that the device is about to drop: ask guests that are at rest.
-    pub free_page_hinting: bool,
     /// Seconds between reports of statistics; without, the guest reports once, at its start.
     pub stats_interval: Option<NonZeroU32>,
 }
@@ -54,16 +50,12 @@ impl Balloon {
     /// Makes a balloon for a guest with `memory` bytes. Fails when no event descriptor can be made.
     pub fn new(config: &BalloonConfig, memory: u64) -> io::Result<(Self, BalloonHandle)> {
         let mut features = RING_FEATURES | 1 << F_STATS_VQ;
-        let options = [
-            (config.deflate_on_oom, F_DEFLATE_ON_OOM),
-            (config.free_page_hinting, F_FREE_PAGE_HINT),
-            (config.free_page_reporting, F_REPORTING),
-        ];
+        let options = [(config.deflate_on_oom, F_DEFLATE_ON_OOM), (config.free_page_reporting, F_REPORTING)];
         for (_, bit) in options.into_iter().filter(|(wanted, _)| *wanted) {
             features |= 1 << bit;
         }
         let shared = Arc::new(Shared::new(config, memory)?);
-        let handle = BalloonHandle::new(Arc::clone(&shared), config.free_page_hinting);
+        let handle = BalloonHandle::new(Arc::clone(&shared));
         Ok((Self { shared, features }, handle))
     }
 }
@@ -113,7 +105,6 @@ impl VirtioDevice for Balloon {
         DeviceState::encode(VIRTIO_ID_BALLOON, &self.shared.size())
     }
 
-    /// A run of hints that was under way is over: nobody waits for it in this process.
     fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
         let (target, actual) = state.decode(VIRTIO_ID_BALLOON)?;
         self.shared.set_size(target, actual);

@@ -9,7 +9,6 @@ use virtio_queue::Queue;
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::handle::Shared;
-use super::hinting::Hints;
 use super::inflate::Inflate;
 use super::layout::{DEFLATE, INFLATE, Layout, QUEUES};
 use super::reclaim::discard;
@@ -27,7 +26,6 @@ const CHAINS_PER_WAKE_UP: u32 = 16;
 const INFLATE_KICK: u32 = 0;
 const DEFLATE_KICK: u32 = 1;
 const STATS_KICK: u32 = 2;
-const HINTS_KICK: u32 = 3;
 const REPORTS_KICK: u32 = 4;
 const TIMER: u32 = 5;
 const INTERVAL_CHANGED: u32 = 6;
@@ -41,8 +39,6 @@ pub struct Engine {
     stats: Option<VirtQueue>,
     /// The guest's last report: to give it back is to ask for the next one.
     report: Option<Chain>,
-    hints: Option<VirtQueue>,
-    hinted: Hints,
     reports: Option<VirtQueue>,
     timer: TimerFd,
     interrupt: Interrupt,
@@ -64,8 +60,6 @@ impl Engine {
             deflate: take(DEFLATE)?,
             stats: layout.stats.map(&mut take).transpose()?,
             report: None,
-            hints: layout.hints.map(&mut take).transpose()?,
-            hinted: Hints::new(),
             reports: layout.reports.map(&mut take).transpose()?,
             layout,
             timer: TimerFd::new().map_err(|error| ActivateError::Setup(error.into()))?,
@@ -83,7 +77,7 @@ impl Engine {
     }
 
     fn queues(&self) -> impl Iterator<Item = (&VirtQueue, u32)> {
-        let optional = [(&self.stats, STATS_KICK), (&self.hints, HINTS_KICK), (&self.reports, REPORTS_KICK)];
+        let optional = [(&self.stats, STATS_KICK), (&self.reports, REPORTS_KICK)];
         let optional = optional.into_iter().filter_map(|(queue, token)| Some((queue.as_ref()?, token)));
         [(&self.inflate, INFLATE_KICK), (&self.deflate, DEFLATE_KICK)].into_iter().chain(optional)
     }
@@ -97,7 +91,6 @@ impl Engine {
             // The pages come back when the guest touches them.
             DEFLATE_KICK => self.deflate.serve(|_, _| Ok(0)),
             STATS_KICK => self.take_report(),
-            HINTS_KICK => self.take_hints(),
             REPORTS_KICK => self.take_free_pages(),
             TIMER => {
                 self.set_timer();
@@ -147,17 +140,6 @@ impl Engine {
         queue.needs_notification()
     }
 
-    fn take_hints(&mut self) -> Result<bool, QueueError> {
-        let Some(queue) = &mut self.hints else { return Ok(false) };
-        queue.serve_at_most(CHAINS_PER_WAKE_UP, |memory, chain| {
-            let run = self.shared.run();
-            if self.hinted.serve(memory, chain, run)?.complete {
-                self.shared.complete(run);
-            }
-            Ok(0)
-        })
-    }
-
     fn take_free_pages(&mut self) -> Result<bool, QueueError> {
         let Some(queue) = &mut self.reports else { return Ok(false) };
         queue.serve_at_most(CHAINS_PER_WAKE_UP, |memory, chain| {
@@ -203,7 +185,6 @@ impl ActiveHalf for Engine {
         put(Some(INFLATE), Some(self.inflate), 0);
         put(Some(DEFLATE), Some(self.deflate), 0);
         put(self.layout.stats, self.stats, u16::from(self.report.is_some()));
-        put(self.layout.hints, self.hints, 0);
         put(self.layout.reports, self.reports, 0);
         queues
     }

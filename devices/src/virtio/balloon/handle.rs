@@ -6,7 +6,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::hinting::{self, DONE, STOP};
 use super::{BalloonConfig, GuestStats, PAGE_SIZE};
 use crate::virtio::Interrupt;
 
@@ -21,12 +20,6 @@ pub enum BalloonError {
         /// What the guest has.
         memory: u64,
     },
-    /// The device was made without free page hinting.
-    #[error("The balloon does not offer free page hinting")]
-    NoHinting,
-    /// No driver works with the device.
-    #[error("No driver of the guest has activated the balloon")]
-    Inactive,
 }
 
 /// What host, configuration half and active half know of each other.
@@ -45,10 +38,6 @@ struct State {
     target: u32,
     /// `actual` as the guest wrote it.
     actual: u32,
-    /// `free_page_hint_cmd_id`.
-    run: u32,
-    /// The number of the last run, for the next one to differ.
-    last_run: u32,
     stats: Option<GuestStats>,
     interval: Option<NonZeroU32>,
     /// There while a driver works with the device.
@@ -61,8 +50,6 @@ impl Shared {
         let state = State {
             target: pages(config.target.min(memory)),
             actual: 0,
-            run: STOP,
-            last_run: STOP,
             stats: None,
             interval: config.stats_interval,
             interrupt: None,
@@ -75,10 +62,10 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// `num_pages`, `actual`, `free_page_hint_cmd_id` (section 5.5.4).
+    /// `num_pages`, `actual` (section 5.5.4).
     pub(super) fn config_space(&self) -> Vec<u8> {
         let state = self.lock();
-        [state.target, state.actual, state.run].into_iter().flat_map(u32::to_le_bytes).collect()
+        [state.target, state.actual].into_iter().flat_map(u32::to_le_bytes).collect()
     }
 
     pub(super) fn set_actual(&self, actual: u32) {
@@ -106,7 +93,6 @@ impl Shared {
     pub(super) fn deactivated(&self) {
         let mut state = self.lock();
         state.interrupt = None;
-        state.run = STOP;
         state.actual = 0;
         state.stats = None;
     }
@@ -121,22 +107,6 @@ impl Shared {
 
     pub(super) fn set_stats(&self, stats: GuestStats) {
         self.lock().stats = Some(stats);
-    }
-
-    /// The number that the guest has to name for its hints to count.
-    pub(super) fn run(&self) -> u32 {
-        self.lock().run
-    }
-
-    /// The guest has sent all its hints for `run`: it can have its pages back.
-    pub(super) fn complete(&self, run: u32) {
-        let mut state = self.lock();
-        if state.run == run {
-            state.run = DONE;
-            tell_driver(&state);
-            drop(state);
-            self.tell_host();
-        }
     }
 
     fn tell_host(&self) {
@@ -160,12 +130,11 @@ fn pages(bytes: u64) -> u32 {
 #[derive(Clone)]
 pub struct BalloonHandle {
     shared: Arc<Shared>,
-    hinting: bool,
 }
 
 impl BalloonHandle {
-    pub(super) fn new(shared: Arc<Shared>, hinting: bool) -> Self {
-        Self { shared, hinting }
+    pub(super) fn new(shared: Arc<Shared>) -> Self {
+        Self { shared }
     }
 
     /// Asks the guest to give `bytes` back in all, rounded down to pages. A driver that comes later
@@ -212,29 +181,7 @@ impl BalloonHandle {
         let _ = self.shared.interval_changed.write(1);
     }
 
-    /// Asks the guest which pages are free, and takes them; see
-    /// [`BalloonConfig::free_page_hinting`].
-    pub fn hint_free_pages(&self) -> Result<(), BalloonError> {
-        if !self.hinting {
-            return Err(BalloonError::NoHinting);
-        }
-        let mut state = self.shared.lock();
-        if state.interrupt.is_none() {
-            return Err(BalloonError::Inactive);
-        }
-        state.last_run = hinting::next_run(state.last_run);
-        state.run = state.last_run;
-        tell_driver(&state);
-        Ok(())
-    }
-
-    /// Whether a run of hints has begun and is not complete.
-    pub fn is_hinting(&self) -> bool {
-        !matches!(self.shared.lock().run, STOP | DONE)
-    }
-
-    /// Readable when the guest changed the size of the balloon or completed a run of hints.
-    /// Whoever waits for it reads it.
+    /// Readable when the guest changed the size of the balloon. Whoever waits for it reads it.
     pub fn changed(&self) -> &EventFd {
         &self.shared.changed
     }

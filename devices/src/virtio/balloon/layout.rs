@@ -1,13 +1,12 @@
 //! Which queue is which.
 
-use super::config::{F_FREE_PAGE_HINT, F_REPORTING, F_STATS_VQ};
+use super::config::{F_REPORTING, F_STATS_VQ};
 use crate::virtio::ActiveQueue;
 
-/// Queue numbers (section 5.5.2).
+/// Queue numbers (section 5.5.2). 3 is that of free page hinting.
 pub const INFLATE: usize = 0;
 pub const DEFLATE: usize = 1;
 const STATS: usize = 2;
-const HINTS: usize = 3;
 const REPORTS: usize = 4;
 /// Most queues that there can be.
 pub const QUEUES: usize = 5;
@@ -16,7 +15,6 @@ pub const QUEUES: usize = 5;
 #[derive(Debug, PartialEq, Eq)]
 pub struct Layout {
     pub stats: Option<usize>,
-    pub hints: Option<usize>,
     pub reports: Option<usize>,
 }
 
@@ -28,11 +26,11 @@ impl Layout {
     /// after the other: the queues that were enabled tell which it is.
     pub fn new(acked_features: u64, enabled: &[bool]) -> Self {
         let negotiated = |bit: u64| acked_features & (1 << bit) != 0;
-        let wanted = [(F_STATS_VQ, STATS), (F_FREE_PAGE_HINT, HINTS), (F_REPORTING, REPORTS)];
+        let wanted = [(F_STATS_VQ, STATS), (F_REPORTING, REPORTS)];
         let is_enabled = |index: &usize| enabled.get(*index).copied().unwrap_or_default();
         let as_specified = wanted.iter().all(|(bit, index)| !negotiated(*bit) || is_enabled(index));
         let mut next_free = STATS;
-        let [stats, hints, reports] = wanted.map(|(bit, specified)| {
+        let [stats, reports] = wanted.map(|(bit, specified)| {
             if !negotiated(bit) {
                 return None;
             }
@@ -40,7 +38,7 @@ impl Layout {
             next_free = next_free.saturating_add(1);
             Some(if as_specified { specified } else { compact })
         });
-        Self { stats, hints, reports }
+        Self { stats, reports }
     }
 
     /// Whether each queue is there.

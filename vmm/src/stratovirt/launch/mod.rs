@@ -467,7 +467,6 @@ fn balloon(device: &BalloonDevice) -> BalloonConfig {
         target: 0,
         deflate_on_oom: device.deflate_on_oom,
         free_page_reporting: device.free_page_reporting,
-        free_page_hinting: false,
         stats_interval: None,
     }
 }

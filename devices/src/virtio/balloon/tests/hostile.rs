@@ -133,48 +133,6 @@ fn a_report_outside_of_memory_needs_a_reset() {
 }
 
 #[test]
-fn hints_under_any_number_but_the_hosts_take_nothing() {
-    let queue = 3;
-    let (mut running, handle) = start(STATS | HINT);
-    let hint = |running: &mut Running| {
-        fill(running, PAGES, 1);
-        running.rings[queue].offer(&[Buffer::writable(PAGES, PAGE_SIZE as u32)]);
-        running.guest.kick(queue as u32);
-        running.wait_used(queue, 1);
-        is_gone(running, PAGES)
-    };
-    // No run: stop and done are no numbers to hint under, though the host's number is the same.
-    for lie in [STOP, DONE, 2, u32::MAX] {
-        send(&mut running, queue, &lie.to_le_bytes());
-        assert!(!hint(&mut running), "{lie}");
-    }
-    handle.hint_free_pages().unwrap();
-    for lie in [STOP, DONE, 1, 3, u32::MAX] {
-        send(&mut running, queue, &lie.to_le_bytes());
-        assert!(!hint(&mut running), "{lie}");
-    }
-    assert!(handle.is_hinting(), "A stop without a run is none");
-    // Too short to be a number: the one before counts.
-    send(&mut running, queue, &[2, 0, 0]);
-    assert!(!hint(&mut running));
-    send(&mut running, queue, &2_u32.to_le_bytes());
-    assert!(hint(&mut running));
-    send(&mut running, queue, &STOP.to_le_bytes());
-    eventually("The end of the run", || !handle.is_hinting());
-    // The guest goes on with the number of the run that is over.
-    send(&mut running, queue, &2_u32.to_le_bytes());
-    assert!(!hint(&mut running));
-    // A number and pages in one chain.
-    handle.hint_free_pages().unwrap();
-    running.guest.poke(REQUEST, &3_u32.to_le_bytes());
-    fill(&running, PAGES, 1);
-    running.rings[queue].offer(&[Buffer::readable(REQUEST, 4), Buffer::writable(PAGES, 0x1000)]);
-    running.guest.kick(queue as u32);
-    running.wait_used(queue, 1);
-    assert!(is_gone(&running, PAGES));
-}
-
-#[test]
 fn a_driver_that_reports_unasked_gets_its_reports_back() {
     let (mut running, handle) = start(STATS);
     let count = 100;

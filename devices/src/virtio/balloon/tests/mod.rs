@@ -1,4 +1,4 @@
-//! A driver that inflates, reports, hints and counts, first as Linux does it.
+//! A driver that inflates, reports and counts, first as Linux does it.
 
 mod hostile;
 mod model;
@@ -7,7 +7,6 @@ use std::num::NonZeroU32;
 
 use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING};
 
-use super::hinting::{DONE, STOP};
 use super::*;
 use crate::testkit::{Buffer, Guest, HIGH_REGION, REGION_SIZE, Running, eventually};
 
@@ -16,7 +15,6 @@ const REQUEST: u64 = 0x1000;
 const PAGES: u64 = 0x10_0000;
 
 const STATS: u64 = 1 << 1;
-const HINT: u64 = 1 << 3;
 const REPORTING: u64 = 1 << 5;
 
 const INFLATE: usize = 0;
@@ -26,7 +24,7 @@ const DEFLATE: usize = 1;
 const ACTUAL: u64 = 0x104;
 
 fn everything() -> BalloonConfig {
-    BalloonConfig { deflate_on_oom: true, free_page_reporting: true, free_page_hinting: true, ..Default::default() }
+    BalloonConfig { deflate_on_oom: true, free_page_reporting: true, ..Default::default() }
 }
 
 fn guest(config: &BalloonConfig) -> (Guest, BalloonHandle) {
@@ -132,7 +130,7 @@ fn a_target_is_checked_at_its_limit_and_one_past_it() {
 fn options_are_offered_as_configured() {
     let offered = |config: &BalloonConfig| guest(config).0.offered_features() & 0x3f;
     assert_eq!(offered(&BalloonConfig::default()), STATS);
-    assert_eq!(offered(&everything()), STATS | HINT | REPORTING | 1 << 2);
+    assert_eq!(offered(&everything()), STATS | REPORTING | 1 << 2);
 }
 
 #[test]
@@ -158,40 +156,6 @@ fn a_negotiated_queue_that_is_not_there_needs_a_reset() {
     let (guest, _) = guest(&everything());
     let running = guest.bring_up_queues(REPORTING | STATS, &[0, 1, 2]);
     running.guest.wait_needs_reset();
-}
-
-#[test]
-fn a_run_of_hints_goes_from_the_hosts_number_to_done() {
-    let queue = 3;
-    let (mut running, handle) = start(STATS | HINT);
-    fill(&running, PAGES, 3);
-    assert_eq!(running.guest.read_config::<4>(8), STOP.to_le_bytes());
-    for run in [2_u32, 3] {
-        handle.hint_free_pages().unwrap();
-        running.guest.wait_interrupt(VIRTIO_MMIO_INT_CONFIG);
-        assert_eq!(running.guest.read_config::<4>(8), run.to_le_bytes());
-        assert!(handle.is_hinting());
-        send(&mut running, queue, &run.to_le_bytes());
-        let page = PAGES + u64::from(run - 2) * PAGE_SIZE;
-        running.rings[queue].offer(&[Buffer::writable(page, PAGE_SIZE as u32)]);
-        running.guest.kick(queue as u32);
-        running.wait_used(queue, 1);
-        assert!(is_gone(&running, page));
-        send(&mut running, queue, &STOP.to_le_bytes());
-        running.guest.wait_interrupt(VIRTIO_MMIO_INT_CONFIG);
-        assert_eq!(running.guest.read_config::<4>(8), DONE.to_le_bytes());
-        assert!(!handle.is_hinting());
-        assert_eq!(handle.changed().read().unwrap(), 1);
-    }
-    assert!(!is_gone(&running, PAGES + 2 * PAGE_SIZE));
-}
-
-#[test]
-fn hints_cannot_be_asked_for_where_nobody_gives_them() {
-    let (_guest, handle) = guest(&BalloonConfig::default());
-    assert_eq!(handle.hint_free_pages(), Err(BalloonError::NoHinting));
-    let (_guest, handle) = guest(&everything());
-    assert_eq!(handle.hint_free_pages(), Err(BalloonError::Inactive));
 }
 
 /// One statistic as it stands in a report.
@@ -225,14 +189,12 @@ fn statistics_are_asked_for_again_and_again() {
 
 #[test]
 fn a_device_that_was_reset_is_as_good_as_new() {
-    let (mut running, handle) = start(STATS | HINT | REPORTING);
+    let (mut running, handle) = start(STATS | REPORTING);
     offer_report(&mut running, &stat(4, 1));
     eventually("A report", || handle.stats().is_some());
-    handle.hint_free_pages().unwrap();
     running.guest.set_status(0);
-    assert_eq!((handle.stats(), handle.is_hinting()), (None, false));
-    let mut running = running.guest.start(STATS | HINT);
-    assert_eq!(running.guest.read_config::<4>(8), STOP.to_le_bytes());
+    assert_eq!(handle.stats(), None);
+    let mut running = running.guest.start(STATS);
     fill(&running, PAGES, 1);
     inflate(&mut running, &[pfn(PAGES)]);
     assert!(is_gone(&running, PAGES));

@@ -75,9 +75,9 @@ proptest! {
 
     #[test]
     fn a_layout_names_each_queue_once(features in any::<u64>(), enabled in any::<[bool; 5]>()) {
-        let Layout { stats, hints, reports } = Layout::new(features, &enabled);
-        let named: Vec<usize> = [stats, hints, reports].into_iter().flatten().collect();
-        let negotiated = [1, 3, 5].into_iter().filter(|bit| features & (1 << bit) != 0).count();
+        let Layout { stats, reports } = Layout::new(features, &enabled);
+        let named: Vec<usize> = [stats, reports].into_iter().flatten().collect();
+        let negotiated = [1, 5].into_iter().filter(|bit| features & (1 << bit) != 0).count();
         prop_assert_eq!(named.len(), negotiated);
         prop_assert!(named.windows(2).all(|pair| pair[0] < pair[1]));
         prop_assert!(named.iter().all(|index| (2..5).contains(index)));
@@ -116,10 +116,4 @@ fn a_range_at_the_end_of_the_address_space_is_no_memory() {
         assert_eq!(discard(&memory, range), 0);
     }
     assert_eq!(discard(&memory, 0..u64::MAX), 2 * REGION_SIZE);
-}
-
-#[test]
-fn the_number_of_a_run_is_never_stop_or_done() {
-    use super::super::hinting::next_run;
-    assert_eq!([0, 1, 2, u32::MAX - 1, u32::MAX].map(next_run), [2, 2, 3, u32::MAX, 2]);
 }
