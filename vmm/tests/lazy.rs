@@ -11,9 +11,7 @@ use std::time::{Duration, Instant};
 use support::{Code, EXIT_PORT, chain, config, console, ended_within, wait};
 use vmm::memory::source::{FileSource, Run, Source, SourceError};
 use vmm::memory::uffd::Uffd;
-use vmm::{
-    BalloonConfig, ExitReason, LazyConfig, Machine, MachineConfig, MemoryBacking, RestoreMemory, WorkingSet,
-};
+use vmm::{BalloonConfig, ExitReason, LazyConfig, Machine, MachineConfig, MemoryBacking, RestoreMemory, WorkingSet};
 
 const SHUTDOWN: u8 = 4;
 const SIZE: u64 = 128 << 20;
@@ -94,7 +92,8 @@ fn restore(directory: &Path, lazy: LazyConfig) -> Machine {
 }
 
 fn restore_as(config: MachineConfig, directory: &Path, lazy: LazyConfig) -> Machine {
-    Machine::restore_with(config, directory, RestoreMemory::Lazy(lazy)).unwrap_or_else(|error| panic!("{}", chain(&error)))
+    Machine::restore_with(config, directory, RestoreMemory::Lazy(lazy))
+        .unwrap_or_else(|error| panic!("{}", chain(&error)))
 }
 
 fn keeps_its_data(machine: &Machine) {

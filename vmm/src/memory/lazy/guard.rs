@@ -149,24 +149,23 @@ static BEFORE: OnceLock<libc::sigaction> = OnceLock::new();
 
 fn install_handler() -> io::Result<()> {
     static INSTALLED: OnceLock<Option<i32>> = OnceLock::new();
+    let failed =
+        |result: libc::c_int| (result != 0).then(|| io::Error::last_os_error().raw_os_error().unwrap_or_default());
     let error = INSTALLED.get_or_init(|| {
-        // SAFETY: all zeros is a valid sigaction, whose fields are set below.
+        // SAFETY: all zeros is a valid sigaction.
+        let mut before: libc::sigaction = unsafe { mem::zeroed() };
+        // SAFETY: the structure is valid, and the kernel fills it in.
+        if let Some(error) = failed(unsafe { libc::sigaction(libc::SIGSEGV, ptr::null(), &raw mut before) }) {
+            return Some(error);
+        }
+        // The handler finds it when it is first called.
+        let _ = BEFORE.set(before);
+        // SAFETY: as above; its fields are set below.
         let mut action: libc::sigaction = unsafe { mem::zeroed() };
         action.sa_sigaction = handler as *const () as usize;
         action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_RESTART;
-        // SAFETY: as above.
-        let mut before: libc::sigaction = unsafe { mem::zeroed() };
-        // SAFETY: both structures are valid, and the handler calls nothing but mmap and what was there before.
-        let result = unsafe { libc::sigaction(libc::SIGSEGV, ptr::null(), &raw mut before) };
-        // The handler finds it when it is first called.
-        let _ = BEFORE.set(before);
-        // SAFETY: as above.
-        let result = if result == 0 {
-            unsafe { libc::sigaction(libc::SIGSEGV, &raw const action, ptr::null_mut()) }
-        } else {
-            result
-        };
-        (result != 0).then(|| io::Error::last_os_error().raw_os_error().unwrap_or_default())
+        // SAFETY: the structure is valid, and the handler calls nothing but mmap and what was there before.
+        failed(unsafe { libc::sigaction(libc::SIGSEGV, &raw const action, ptr::null_mut()) })
     });
     match error {
         None => Ok(()),

@@ -283,9 +283,12 @@ struct Shared {
     state: Mutex<State>,
 }
 
+/// What ends the machine, with the reason.
+type OnLoss = Arc<dyn Fn(&str) + Send + Sync>;
+
 struct State {
     stage: Stage,
-    end: Option<Arc<dyn Fn(&str) + Send + Sync>>,
+    end: Option<OnLoss>,
     /// Who waits until all is there.
     completions: Vec<SyncSender<()>>,
 }

@@ -1,14 +1,36 @@
 //! Where the pages of a template come from.
+//!
+//! | room | what |
+//! | --- | --- |
+//! | [`file`] | the memory file of a snapshot |
+//! | [`chunked`], [`index`], [`pack`] | chunks, each once and packed, compared with their checksums |
+//! | [`remote`], [`server`], [`wire`], [`stream`] | chunks of another process or another machine |
+//! | [`cache`] | chunks that have come already, for all machines of a host |
 
+pub mod cache;
+pub mod chunked;
 mod file;
+pub mod index;
+pub mod pack;
+pub mod remote;
+pub mod server;
+pub mod stream;
+pub mod wire;
 
 use std::fmt;
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use vmm_sys_util::eventfd::EventFd;
 
+pub use cache::ChunkCache;
+pub use chunked::{ChunkFile, ChunkedSource};
 pub use file::FileSource;
+pub use index::ChunkIndex;
+pub use remote::RemoteChunks;
+pub use server::{ChunkServer, Listener};
+pub use stream::Address;
 
 /// The memory of a template, read by one thread.
 pub trait Source: fmt::Debug + Send {
@@ -49,7 +71,7 @@ pub enum SourceError {
         #[source]
         source: io::Error,
     },
-    /// It is shorter than it was.
+    /// It is shorter than it was, or than its index says.
     #[error("The template's memory has {present} bytes where there were {length}: it was cut")]
     Cut {
         /// What there was.
@@ -57,4 +79,36 @@ pub enum SourceError {
         /// What there is.
         present: u64,
     },
+    /// A chunk has other contents.
+    #[error("Chunk {sum} is not what the index says")]
+    Damaged {
+        /// The first digits of its checksum.
+        sum: String,
+    },
+    /// A server has no such chunk.
+    #[error("The server has no chunk {sum}")]
+    Missing {
+        /// The first digits of its checksum.
+        sum: String,
+    },
+    /// A server is too slow.
+    #[error("The server of chunks has not answered within {} s", patience.as_secs_f64())]
+    Slow {
+        /// How long it had.
+        patience: Duration,
+    },
+    /// A server cannot be reached, or left.
+    #[error("The server of chunks is gone")]
+    Gone(#[source] io::Error),
+    /// A server says what means nothing.
+    #[error("The server of chunks does not keep to the protocol")]
+    Nonsense,
+    /// The machine ended meanwhile.
+    #[error("The machine ended while its memory was on its way")]
+    GivenUp,
+}
+
+/// The first digits of a checksum, for people.
+fn short(sum: &index::Sum) -> String {
+    sum.iter().take(4).map(|byte| format!("{byte:02x}")).collect()
 }
