@@ -4,14 +4,26 @@ mod support;
 
 use std::fs;
 use std::io;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 use support::{Code, EXIT_PORT, chain, config, console, ended_within, wait};
-use vmm::memory::source::{FileSource, Run, Source, SourceError};
+use vmm::memory::source::chunked::ChunkStore;
+use vmm::memory::source::index::DEFAULT_CHUNK;
+use vmm::memory::source::pack::pack;
+use vmm::memory::source::{
+    Address, ChunkCache, ChunkFile, ChunkIndex, ChunkServer, ChunkedSource, FileSource, Listener, RemoteChunks, Run,
+    Source, SourceError,
+};
 use vmm::memory::uffd::Uffd;
-use vmm::{BalloonConfig, ExitReason, LazyConfig, Machine, MachineConfig, MemoryBacking, RestoreMemory, WorkingSet};
+use vmm::{
+    BalloonConfig, Confinement, ExitReason, LazyConfig, Machine, MachineConfig, MemoryBacking, RestoreMemory,
+    WorkingSet,
+};
+use vmm_sys_util::eventfd::EventFd;
 
 const SHUTDOWN: u8 = 4;
 const SIZE: u64 = 128 << 20;
@@ -250,7 +262,7 @@ fn a_thread_that_dies_ends_the_machine() {
     let_go(directory.path());
     // A panic tells of itself in ways that the thread's filter does not know.
     let mut config = restore_config();
-    config.confinement = vmm::Confinement::Off;
+    config.confinement = Confinement::Off;
     let machine = restore_as(config, directory.path(), told(directory.path(), |_| panic!("as it was told")));
     machine.start().expect("start");
     let reason = wait(&machine);
@@ -325,6 +337,93 @@ fn a_hundred_machines_come_from_one_template_at_a_time() {
             });
         }
     });
+}
+
+#[test]
+fn a_difference_comes_page_by_page_as_well() {
+    need_uffd!();
+    let whole = saved(|_| {});
+    let machine = Machine::restore(restore_config(), whole.path()).expect("restore");
+    machine.track_writes().expect("track");
+    machine.start().expect("start");
+    let difference = tempfile::tempdir().expect("directory");
+    let place = difference.path().join("difference");
+    machine.snapshot_diff(&place, whole.path()).expect("difference");
+    drop(machine);
+    // Where the guest waits there is a hole in the difference: it goes on as the whole one says.
+    let_go(whole.path());
+    keeps_its_data(&restore(&place, LazyConfig::default()));
+}
+
+/// What `directory` has in chunks.
+fn packed(directory: &Path) -> (Arc<ChunkIndex>, fs::File) {
+    let mut file = tempfile::tempfile().expect("file");
+    let memory = fs::File::open(directory.join("memory")).expect("memory");
+    let index = pack(memory, &mut file, DEFAULT_CHUNK).expect("pack");
+    (Arc::new(index), file)
+}
+
+fn of_chunks(index: &Arc<ChunkIndex>, store: impl ChunkStore + 'static, cache: Option<ChunkCache>) -> LazyConfig {
+    let source = ChunkedSource::new(Arc::clone(index), store, cache).expect("source");
+    LazyConfig { source: Some(Box::new(source)), ..LazyConfig::default() }
+}
+
+#[test]
+fn a_guest_comes_from_chunks_of_a_file_and_of_a_server() {
+    need_uffd!();
+    let directory = saved(|_| {});
+    let_go(directory.path());
+    let (index, file) = packed(directory.path());
+    fs::remove_file(directory.path().join("memory")).expect("the template has only chunks");
+    fs::File::create(directory.path().join("memory")).and_then(|file| file.set_len(SIZE)).expect("a file of holes");
+    let store = ChunkFile::new(file.try_clone().expect("clone"), &index).expect("store");
+    keeps_its_data(&restore(directory.path(), of_chunks(&index, store, None)));
+
+    let address = Address::Unix(directory.path().join("socket"));
+    let listener = Listener::Unix(UnixListener::bind(directory.path().join("socket")).expect("bind"));
+    let stop = Arc::new(EventFd::new(libc::EFD_NONBLOCK).expect("event"));
+    let server = ChunkServer::new(&index, file, Arc::clone(&stop), Confinement::On).expect("server");
+    let serving = std::thread::spawn(move || server.run(&listener).expect("run"));
+    for _ in 0..2 {
+        let store = RemoteChunks::connect(&address, Duration::from_secs(10)).expect("connect");
+        let cache = ChunkCache::open(&directory.path().join("cache"), index.chunk_size(), 64 << 20).expect("cache");
+        keeps_its_data(&restore(directory.path(), of_chunks(&index, store, Some(cache))));
+    }
+    // The server goes while a machine runs. It has what it has, and ends when it needs more.
+    let store = RemoteChunks::connect(&address, Duration::from_secs(10)).expect("connect");
+    let machine = restore(directory.path(), of_chunks(&index, store, None));
+    stop.write(1).expect("stop");
+    serving.join().expect("join");
+    machine.start().expect("start");
+    let ExitReason::MemoryLost(reason) = wait(&machine) else { panic!("{:?}", machine.exit_reason()) };
+    assert!(reason.starts_with("The server of chunks is gone"), "{reason}");
+}
+
+#[test]
+fn a_machine_that_waits_for_a_server_can_be_stopped() {
+    need_uffd!();
+    let directory = saved(|_| {});
+    let_go(directory.path());
+    let (index, _) = packed(directory.path());
+    let path = directory.path().join("socket");
+    let listener = UnixListener::bind(&path).expect("bind");
+    let store = RemoteChunks::connect(&Address::Unix(path), Duration::from_secs(600)).expect("connect");
+    let (mut client, _) = listener.accept().expect("accept");
+    let waiting = std::thread::spawn(move || {
+        // It has asked, and gets nothing.
+        io::Read::read_exact(&mut client, &mut [0]).expect("a request");
+        client
+    });
+    let lazy = of_chunks(&index, store, None);
+    // Restoring this guest touches none of its memory.
+    let machine = restore(directory.path(), lazy);
+    machine.start().expect("start");
+    let client = waiting.join().expect("join");
+    let begin = Instant::now();
+    machine.stop();
+    assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
+    assert_eq!(machine.exit_reason(), Some(ExitReason::Stopped));
+    drop(client);
 }
 
 #[test]

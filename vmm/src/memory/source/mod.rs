@@ -2,7 +2,7 @@
 //!
 //! | room | what |
 //! | --- | --- |
-//! | [`file`] | the memory file of a snapshot |
+//! | [`file`], [`layered`] | the memory file of a snapshot, and those of differences |
 //! | [`chunked`], [`index`], [`pack`] | chunks, each once and packed, compared with their checksums |
 //! | [`remote`], [`server`], [`wire`], [`stream`] | chunks of another process or another machine |
 //! | [`cache`] | chunks that have come already, for all machines of a host |
@@ -11,6 +11,7 @@ pub mod cache;
 pub mod chunked;
 mod file;
 pub mod index;
+mod layered;
 pub mod pack;
 pub mod remote;
 pub mod server;
@@ -28,6 +29,7 @@ pub use cache::ChunkCache;
 pub use chunked::{ChunkFile, ChunkedSource};
 pub use file::FileSource;
 pub use index::ChunkIndex;
+pub use layered::LayeredSource;
 pub use remote::RemoteChunks;
 pub use server::{ChunkServer, Listener};
 pub use stream::Address;
