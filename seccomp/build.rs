@@ -17,7 +17,7 @@ use syscalls::Sysno;
 
 const FILTERS: &str = "filters";
 /// Each becomes a constant of the same name in capitals.
-const ROLES: [&str; 5] = ["ceiling", "api", "io", "vcpu", "fs"];
+const ROLES: [&str; 6] = ["ceiling", "api", "io", "vcpu", "fs", "uffd"];
 
 fn main() -> Result<(), String> {
     println!("cargo::rerun-if-changed={FILTERS}");

@@ -15,6 +15,9 @@ const WAIT: [u8; 17] =
 /// Where a guest that waits looks.
 pub const RELEASE: u64 = 0x20_0000;
 
+/// Where a guest that touches memory has its data.
+pub const DATA: u32 = 0x40_0000;
+
 /// Where it is loaded: the start of memory above the legacy hole.
 const ADDRESS: u64 = 0x10_0000;
 
@@ -27,6 +30,20 @@ pub fn write() -> io::Result<NamedTempFile> {
 /// The same, which waits first: to be saved there, and released where it is restored.
 pub fn write_waiting() -> io::Result<NamedTempFile> {
     file(&[&WAIT[..], &CODE].concat())
+}
+
+/// The same, with something in each page of so many MiB from [`DATA`] on before it waits, which it reads after it has said that it runs.
+pub fn write_touching(mib: u32) -> io::Result<NamedTempFile> {
+    let end = (DATA + (mib << 20)).to_le_bytes();
+    // mov ebx, DATA; ACCESS; add ebx, 4096; cmp ebx, end; jb -16
+    let each_page = |access: [u8; 2]| {
+        let code =
+            [&[0xbb][..], &DATA.to_le_bytes(), &access, &[0x81, 0xc3, 0, 0x10, 0, 0, 0x81, 0xfb], &end, &[0x72, 0xf0]];
+        code.concat()
+    };
+    let (write, read) = (each_page([0x89, 0x1b]), each_page([0x8b, 0x03]));
+    let (says, fault) = CODE.split_at(4);
+    file(&[&write, &WAIT[..], says, &read, fault].concat())
 }
 
 fn file(code: &[u8]) -> io::Result<NamedTempFile> {

@@ -14,6 +14,7 @@ fn program(role: Role) -> &'static [sock_filter] {
         Role::Io => IO,
         Role::Vcpu => VCPU,
         Role::Fs => FS,
+        Role::Uffd => UFFD,
     }
 }
 
@@ -68,7 +69,7 @@ mod tests {
     fn programs_have_the_size_that_their_rules_make() {
         let clone3_and_architecture = REFUSE_CLONE3.len();
         assert!(clone3_and_architecture < 12, "{clone3_and_architecture}");
-        for role in [API, IO, VCPU, FS] {
+        for role in [API, IO, VCPU, FS, UFFD] {
             assert!(role.len() > clone3_and_architecture && role.len() < CEILING.len());
         }
         assert!(CEILING.len() < MOST, "{}", CEILING.len());

@@ -31,6 +31,8 @@ pub enum Role {
     Vcpu,
     /// A file system server.
     Fs,
+    /// What brings guest memory page by page.
+    Uffd,
 }
 
 impl Role {
@@ -41,6 +43,7 @@ impl Role {
             Self::Io => "io",
             Self::Vcpu => "vcpu",
             Self::Fs => "fs",
+            Self::Uffd => "uffd",
         }
     }
 }

@@ -59,7 +59,7 @@ pub fn give_up(role: Role) -> Result<(), ConfineError> {
     match role {
         Role::Api => Ok(()),
         Role::Fs => keep(&FILES),
-        Role::Io | Role::Vcpu => {
+        Role::Io | Role::Vcpu | Role::Uffd => {
             close_file_system()?;
             keep(&[])
         }

@@ -59,7 +59,7 @@ fn serves(rule: &Rule, constants: &Constants, (call, request): &(Sysno, Option<u
 fn no_rule_is_there_for_nothing() {
     let constants = rules::constants(filters()).expect("constants");
     let mut unused = Vec::new();
-    for role in ["vcpu", "io"] {
+    for role in ["vcpu", "io", "uffd"] {
         let seen = seen(role);
         for rule in rules::rules(filters(), role).expect("rules").iter().filter(|rule| rule.unseen.is_none()) {
             for call in &rule.calls {
@@ -73,7 +73,7 @@ fn no_rule_is_there_for_nothing() {
     // What every thread may do, some role did.
     let thread: BTreeSet<Sysno> =
         rules::rules(filters(), "thread").expect("rules").iter().flat_map(|rule| rule.calls.clone()).collect();
-    let everywhere: Seen = ["vcpu", "io"].into_iter().flat_map(seen).collect();
+    let everywhere: Seen = ["vcpu", "io", "uffd"].into_iter().flat_map(seen).collect();
     unused.retain(|entry| {
         let call: Sysno = entry.rsplit(' ').next().and_then(|call| call.parse().ok()).expect("a call");
         !(thread.contains(&call) && everywhere.iter().any(|(seen, _)| *seen == call))
@@ -84,7 +84,7 @@ fn no_rule_is_there_for_nothing() {
 #[test]
 fn what_was_recorded_is_allowed() {
     let constants = rules::constants(filters()).expect("constants");
-    for role in ["vcpu", "io"] {
+    for role in ["vcpu", "io", "uffd"] {
         let rules = rules::rules(filters(), role).expect("rules");
         for call in seen(role).iter().filter(|(call, _)| !ENTERING.contains(&call.name())) {
             assert!(rules.iter().any(|rule| serves(rule, &constants, call)), "{role}: {call:?} is not allowed");
@@ -94,7 +94,7 @@ fn what_was_recorded_is_allowed() {
 
 #[test]
 fn every_constant_is_used() {
-    let roles = ["ceiling", "api", "io", "vcpu", "fs", "sandbox"];
+    let roles = ["ceiling", "api", "io", "vcpu", "fs", "uffd", "sandbox"];
     let all: Vec<Rule> = roles.iter().flat_map(|role| rules::rules(filters(), role).expect("rules")).collect();
     let used: BTreeSet<&String> =
         all.iter().flat_map(|rule| rule.values.iter().chain(&rule.with).chain(&rule.without)).collect();

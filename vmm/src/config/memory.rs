@@ -1,6 +1,9 @@
 //! Physical memory.
 
 use std::fs::File;
+use std::io;
+
+use crate::memory::lazy::LazyConfig;
 
 /// The guest's memory.
 #[derive(Debug)]
@@ -36,6 +39,8 @@ pub enum MemoryBacking {
 pub enum RestoreMemory {
     /// A private mapping of the memory file: what no machine writes to is shared by all, in the page cache.
     Mapped,
+    /// Pages that come when they are asked for, into memory of the backing that is asked for.
+    Lazy(LazyConfig),
 }
 
 impl MemoryConfig {
@@ -51,6 +56,15 @@ impl MemoryConfig {
 }
 
 impl MemoryBacking {
+    /// The same, by another descriptor where it has one.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(match self {
+            Self::Private => Self::Private,
+            Self::Shared => Self::Shared,
+            Self::File { file, shared } => Self::File { file: file.try_clone()?, shared: *shared },
+        })
+    }
+
     /// Whether no other process can see the memory.
     pub fn is_private(&self) -> bool {
         match self {

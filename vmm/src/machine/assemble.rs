@@ -25,6 +25,7 @@ use crate::config::{MachineConfig, MemConfig, SerialConfig};
 use crate::event::LoopThread;
 use crate::hotplug::Slots;
 use crate::irq;
+use crate::memory::lazy::{LazyError, LazyMemory};
 use crate::memory::{self, Above, PluggableRegion};
 use crate::observe::TracePoints;
 use crate::vcpu::{Buses, Control, VcpuThread};
@@ -43,6 +44,8 @@ pub(super) struct Assembly {
     shares: Vec<ShareControl>,
     slots: Slots,
     loops: Vec<Arc<LoopThread>>,
+    // Dropped after the threads that may wait for it, and before the memory.
+    lazy: Option<LazyMemory>,
     hardware: Hardware,
 }
 
@@ -102,6 +105,7 @@ impl Assembly {
             shares,
             slots: replaceable,
             loops,
+            lazy: None,
             hardware,
         })
     }
@@ -117,6 +121,19 @@ impl Assembly {
 
     pub(super) fn serial(&self) -> &Serial {
         &self.serial
+    }
+
+    /// Hands over what brings the memory: the machine ends when that is lost.
+    pub(super) fn adopt_lazy(&mut self, lazy: LazyMemory) -> Result<(), LazyError> {
+        let control = Arc::clone(&self.control);
+        lazy.on_loss(move |reason| control.end(ExitReason::MemoryLost(reason.to_owned())))?;
+        self.lazy = Some(lazy);
+        Ok(())
+    }
+
+    /// Why the memory was lost, if it was.
+    pub(super) fn lost_memory(&self) -> Option<String> {
+        self.lazy.as_ref().and_then(LazyMemory::lost)
     }
 
     pub(super) fn vm(&self) -> &VmFd {
@@ -165,12 +182,13 @@ impl Assembly {
             shares,
             slots,
             loops,
+            lazy,
             mut hardware,
         } = self;
         hardware.cpuid = cpuid;
         spawn_processors(processors, &buses, &control, &trace, confinement)?;
         let hardware = Mutex::new(Some(hardware));
-        Ok(Machine { name, control, trace, serial, vsock, balloon, pluggable, shares, slots, loops, hardware })
+        Ok(Machine { name, control, trace, serial, vsock, balloon, pluggable, shares, slots, loops, lazy, hardware })
     }
 }
 

@@ -27,6 +27,9 @@ pub enum ExitReason {
     /// The guest's kernel panicked. Empty where it told nothing on the console.
     #[error("The guest's kernel has panicked{}{}", if .0.is_empty() { "" } else { ": " }, .0)]
     Panicked(String),
+    /// Its memory could not be provided any more.
+    #[error("The guest's memory is lost: {0}")]
+    MemoryLost(String),
     /// A processor could not go on.
     #[error("vCPU {vcpu} has stopped: {cause}")]
     VcpuError {

@@ -32,6 +32,7 @@ use devices::virtio::{MmioTransport, WriteLog};
 use crate::event::LoopThread;
 use crate::hotplug::Slots;
 use crate::memory::Above;
+use crate::memory::lazy::{LazyHandle, LazyMemory};
 use crate::observe::TracePoints;
 use crate::vcpu::{Control, VcpuThread};
 
@@ -66,6 +67,8 @@ pub struct Machine {
     shares: Vec<ShareControl>,
     slots: Slots,
     loops: Vec<Arc<LoopThread>>,
+    /// What brings memory page by page, where that is how it comes.
+    lazy: Option<LazyMemory>,
     /// Gone when the machine was stopped.
     hardware: Mutex<Option<Hardware>>,
 }
@@ -127,6 +130,11 @@ impl Machine {
     /// The memory that can be plugged into the machine, where there is some: to say how much of it the guest is to have.
     pub fn pluggable_memory(&self) -> Option<MemHandle> {
         self.pluggable.clone()
+    }
+
+    /// What is known of how memory comes, where it comes page by page.
+    pub fn lazy_memory(&self) -> Option<LazyHandle> {
+        self.lazy.as_ref().map(LazyMemory::handle)
     }
 
     /// Thread identifiers of the processors, in order; for placing them into a cgroup.

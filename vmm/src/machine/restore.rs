@@ -1,5 +1,6 @@
 //! A machine from a directory: nothing boots.
 
+use std::fs::File;
 use std::path::Path;
 
 use kvm_ioctls::VcpuFd;
@@ -13,6 +14,8 @@ use super::{BuildError, Machine};
 use crate::arch::x86_64::cpuid::{FeatureGap, missing_features};
 use crate::arch::x86_64::layout;
 use crate::config::{MachineConfig, MemoryBacking, MemoryConfig, RestoreMemory};
+use crate::memory::lazy::{LazyConfig, LazyError, LazyMemory};
+use crate::memory::source::{FileSource, LayeredSource, Source};
 use crate::memory::{self, MemoryError};
 use crate::snapshot::{CodecError, Layers, LayersError, MachineState, codec, mapping};
 use crate::vcpu::VcpuRestoreError;
@@ -51,6 +54,9 @@ pub enum RestoreError {
     /// A processor.
     #[error("A processor cannot be restored")]
     Vcpu(#[from] VcpuRestoreError),
+    /// Memory that comes page by page.
+    #[error("The machine's memory cannot be brought from its template")]
+    Lazy(#[from] LazyError),
     /// The machine itself.
     #[error("The machine to restore into cannot be built")]
     Build(#[from] BuildError),
@@ -69,7 +75,8 @@ impl Machine {
         Self::restore_with(config, directory, RestoreMemory::Mapped)
     }
 
-    /// As [`restore`](Self::restore), with memory that comes as `how` says.
+    /// As [`restore`](Self::restore), with memory that comes as `how` says. Memory that comes page by page has the backing that `config` asks
+    /// for; whoever loses it ends the machine with [`ExitReason::MemoryLost`](super::ExitReason::MemoryLost).
     pub fn restore_with(config: MachineConfig, directory: &Path, how: RestoreMemory) -> Result<Self, RestoreError> {
         let layers = Layers::open(directory)?;
         let state = codec::decode(layers.state())?;
@@ -80,8 +87,9 @@ impl Machine {
         super::build::check_vcpus(config.vcpus)?;
 
         let kvm = open_kvm()?;
-        let memory = match how {
-            RestoreMemory::Mapped => map_memory(&config.memory, &layers)?,
+        let (memory, lazy) = match how {
+            RestoreMemory::Mapped => (map_memory(&config.memory, &layers)?, None),
+            RestoreMemory::Lazy(lazy) => lazy_memory(&config, lazy, &layers)?,
         };
         // The guest has read it long ago.
         let mut cmdline =
@@ -89,11 +97,12 @@ impl Machine {
         let vcpus = config.vcpus;
         let mut assembly = Assembly::new(config, kvm, memory, &mut cmdline, Some(&state.serial))?;
         assembly.restored_from(layers.identity());
-        restore_devices(&assembly, &state)?;
-        let processors = assembly.create_vcpus(vcpus)?;
-        restore_processors(&assembly, &state, &processors)?;
-        // Not before the interrupt controllers are what they were.
-        assembly.serial().interrupt_again();
+        lazy.map_or(Ok(()), |lazy| assembly.adopt_lazy(lazy))?;
+        let processors = restore_parts(&assembly, &state, vcpus).map_err(|error| match assembly.lost_memory() {
+            // Whatever did not work, this is why.
+            Some(reason) => LazyError::Lost(reason).into(),
+            None => error,
+        })?;
         let cpuid = state.vcpus.iter().map(|vcpu| vcpu.cpuid().to_vec()).collect();
         Ok(assembly.finish(processors, cpuid)?)
     }
@@ -111,6 +120,54 @@ fn map_memory(config: &MemoryConfig, layers: &Layers) -> Result<GuestMemory, Res
         memory::settle(&config, &memory).map_err(BuildError::from)?;
     }
     Ok(memory)
+}
+
+/// Fresh memory, whose pages come from the memory files, or from where `lazy` says, from now on.
+fn lazy_memory(
+    config: &MachineConfig,
+    mut lazy: LazyConfig,
+    layers: &Layers,
+) -> Result<(GuestMemory, Option<LazyMemory>), RestoreError> {
+    let source = match lazy.source.take() {
+        Some(source) => source,
+        None => layers_source(config.memory.size, layers)?,
+    };
+    // Making all pages at once would ask for each of them.
+    let whole = config.memory.prealloc;
+    let fresh = MemoryConfig {
+        backing: config.memory.backing.try_clone().map_err(LazyError::Backing)?,
+        prealloc: false,
+        ..config.memory
+    };
+    let memory = memory::reserve(&fresh).map_err(BuildError::from)?;
+    let started = LazyMemory::start(&memory, source, lazy, config.confinement)?;
+    if whole || !config.vhost_user.is_empty() {
+        // Other processes have mappings of their own, whose faults are not ours: they would find zeros.
+        started.complete()?;
+    }
+    Ok((memory, Some(started)))
+}
+
+/// What the memory files have, page by page.
+fn layers_source(size: u64, layers: &Layers) -> Result<Box<dyn Source>, RestoreError> {
+    let failed = |source| BuildError::from(MemoryError::File { size, source });
+    let open = |file: &File| file.try_clone().and_then(FileSource::new).map_err(failed);
+    let whole = open(layers.whole())?;
+    let pieces = layers.pieces()?;
+    if pieces.is_empty() {
+        return Ok(Box::new(whole));
+    }
+    let pieces: Vec<_> = pieces.into_iter().map(|(piece, file)| (piece.bytes(), piece.layer, file)).collect();
+    Ok(Box::new(LayeredSource::new(whole, &pieces).map_err(failed)?))
+}
+
+fn restore_parts(assembly: &Assembly, state: &MachineState, vcpus: u8) -> Result<Vec<VcpuFd>, RestoreError> {
+    restore_devices(assembly, state)?;
+    let processors = assembly.create_vcpus(vcpus)?;
+    restore_processors(assembly, state, &processors)?;
+    // Not before the interrupt controllers are what they were.
+    assembly.serial().interrupt_again();
+    Ok(processors)
 }
 
 fn expect(what: &'static str, saved: u64, configured: u64) -> Result<(), RestoreError> {

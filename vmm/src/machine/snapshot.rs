@@ -67,6 +67,11 @@ impl Machine {
             // Devices go on after this, whatever comes of it.
             hardware.base = None;
         }
+        if let Some(lazy) = self.lazy.as_ref().filter(|_| base.is_none()) {
+            // What has not been asked for is in the template, and belongs to the snapshot as well. A difference has what was
+            // written, which is here.
+            lazy.complete()?;
+        }
         let parked = Parked::new(hardware.transports.clone());
         // Saving makes KVM write to guest memory (kvmclock, the steal time): before the memory is.
         let state = self.save_state(hardware, &parked)?;

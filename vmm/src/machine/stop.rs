@@ -9,9 +9,16 @@ impl Machine {
     /// its memory back. A second call does nothing. The reason of a machine that ended before stays.
     pub fn stop(&self) {
         self.control.end(ExitReason::Stopped);
+        // Who waits for memory gets it, or is told that there is none; nobody waits for somebody else's answer.
+        if let Some(lazy) = &self.lazy {
+            lazy.hurry();
+        }
         self.control.join();
         for event_loop in &self.loops {
             event_loop.stop();
+        }
+        if let Some(lazy) = &self.lazy {
+            lazy.stop();
         }
         drop(self.hardware.lock().unwrap_or_else(PoisonError::into_inner).take());
     }

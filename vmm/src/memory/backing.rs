@@ -70,7 +70,7 @@ fn memfd() -> io::Result<File> {
 }
 
 /// Bytes of a page of a file: more than the host's where it lies on hugetlbfs.
-fn page_size(file: &File) -> io::Result<u64> {
+pub fn page_size(file: &File) -> io::Result<u64> {
     let mut status = MaybeUninit::<libc::statfs>::uninit();
     // SAFETY: the kernel fills in the one structure that it is given.
     if unsafe { libc::fstatfs(file.as_raw_fd(), status.as_mut_ptr()) } != 0 {

@@ -1,11 +1,16 @@
 //! The guest's physical memory: private or shared, anonymous or of a file; touched as little as possible.
 //!
-//! Kernel and initrd are copied into it or mapped over it, see [`image`].
+//! Kernel and initrd are copied into it or mapped over it, see [`image`]. A restored machine's is a mapping of its
+//! snapshot's, or comes page by page, see [`lazy`].
 
 mod above;
 mod align;
 mod backing;
 pub mod image;
+pub mod lazy;
+pub mod source;
+pub mod uffd;
+pub mod working_set;
 
 use std::io;
 

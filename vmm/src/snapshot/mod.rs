@@ -102,6 +102,9 @@ pub enum SnapshotError {
     /// A processor.
     #[error("A processor cannot be saved")]
     Vcpu(#[from] crate::arch::x86_64::ArchError),
+    /// What has not come from the template yet does not come.
+    #[error("The machine's memory cannot be completed")]
+    Memory(#[from] crate::LazyError),
     /// A call to KVM for the whole machine failed.
     #[error("Cannot save the virtual machine: {call} failed")]
     Kvm {

@@ -67,7 +67,10 @@ fn run(words: impl Iterator<Item = OsString>) -> Result<ExitCode, Box<dyn Error>
     tracing::info!(%reason, "The machine has ended");
     Ok(match reason {
         ExitReason::Shutdown | ExitReason::Reset | ExitReason::Stopped => ExitCode::SUCCESS,
-        ExitReason::Panicked(_) | ExitReason::TripleFault | ExitReason::VcpuError { .. } => {
+        ExitReason::Panicked(_)
+        | ExitReason::TripleFault
+        | ExitReason::VcpuError { .. }
+        | ExitReason::MemoryLost(_) => {
             complain(&reason);
             ExitCode::FAILURE
         }

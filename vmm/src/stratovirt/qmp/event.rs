@@ -58,7 +58,9 @@ impl Event {
             }
             ExitReason::Panicked(_) => vec![Self::Shutdown { guest: true, reason: "guest-panic" }],
             ExitReason::Stopped => vec![Self::Shutdown { guest: false, reason: "host-signal" }],
-            ExitReason::VcpuError { .. } => vec![Self::Shutdown { guest: false, reason: "host-error" }],
+            ExitReason::VcpuError { .. } | ExitReason::MemoryLost(_) => {
+                vec![Self::Shutdown { guest: false, reason: "host-error" }]
+            }
         }
     }
 }
