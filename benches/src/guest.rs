@@ -1,4 +1,4 @@
-//! The smallest guest: it says on the debug port that it runs, and triple-faults.
+//! The smallest guests: one says on the debug port that it runs, and triple-faults; one says so on the console, and sleeps.
 
 use std::io::{self, Write};
 
@@ -7,6 +7,9 @@ use tempfile::NamedTempFile;
 /// `mov al, 0x41; out 0x80, al; ud2`. Means the same in 32-bit and 64-bit mode.
 const CODE: [u8; 6] = [0xb0, 0x41, 0xe6, 0x80, 0x0f, 0x0b];
 
+/// `mov dx, 0x3f8; mov al, 0x41; out dx, al; cli; hlt; jmp -4`, likewise.
+const SLEEPER: [u8; 11] = [0x66, 0xba, 0xf8, 0x03, 0xb0, 0x41, 0xee, 0xfa, 0xf4, 0xeb, 0xfc];
+
 /// Where it is loaded: the start of memory above the legacy hole.
 const ADDRESS: u64 = 0x10_0000;
 
@@ -14,11 +17,18 @@ const ADDRESS: u64 = 0x10_0000;
 /// the Linux 64-bit boot protocol.
 pub fn write() -> io::Result<NamedTempFile> {
     let mut file = NamedTempFile::new()?;
-    file.write_all(&elf())?;
+    file.write_all(&elf(&CODE))?;
     Ok(file)
 }
 
-fn elf() -> Vec<u8> {
+/// Writes the guest that sleeps, in the same way.
+pub fn write_sleeper() -> io::Result<NamedTempFile> {
+    let mut file = NamedTempFile::new()?;
+    file.write_all(&elf(&SLEEPER))?;
+    Ok(file)
+}
+
+fn elf(code: &[u8]) -> Vec<u8> {
     const HEADER_SIZE: u16 = 64;
     const PROGRAM_HEADER_SIZE: u16 = 56;
     const EXECUTABLE: u16 = 2;
@@ -39,9 +49,9 @@ fn elf() -> Vec<u8> {
     elf.extend([HEADER_SIZE, PROGRAM_HEADER_SIZE, 1, 0, 0, 0].map(u16::to_le_bytes).concat());
 
     elf.extend([LOAD, READ_WRITE_EXECUTE].map(u32::to_le_bytes).concat());
-    let size = CODE.len() as u64;
+    let size = code.len() as u64;
     elf.extend([OFFSET, ADDRESS, ADDRESS, size, size, OFFSET].map(u64::to_le_bytes).concat());
     elf.resize(0x1000, 0);
-    elf.extend(CODE);
+    elf.extend(code);
     elf
 }
