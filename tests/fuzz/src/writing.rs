@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use landlock::{ABI, Access, AccessFs, PathBeneath, PathFd, Ruleset, RulesetAttr, RulesetCreatedAttr};
+use landlock::{ABI, AccessFs, PathBeneath, PathFd, Ruleset, RulesetAttr, RulesetCreatedAttr};
 
 /// The calling thread, and those that it starts, can change files below `place` and nowhere else, and beside it use the devices
 /// that a machine is made of. A target must not run without that.
