@@ -1,4 +1,4 @@
-//! The smallest guests: they say on the debug port that they run, and triple-fault.
+//! The smallest guests: they say on the debug port that they run, and triple-fault; one says so on the console, and sleeps.
 
 use std::io::{self, Write};
 
@@ -17,6 +17,9 @@ pub const RELEASE: u64 = 0x20_0000;
 
 /// Where a guest that touches memory has its data.
 pub const DATA: u32 = 0x40_0000;
+
+/// `mov dx, 0x3f8; mov al, 0x41; out dx, al; cli; hlt; jmp -4`, likewise.
+const SLEEPER: [u8; 11] = [0x66, 0xba, 0xf8, 0x03, 0xb0, 0x41, 0xee, 0xfa, 0xf4, 0xeb, 0xfc];
 
 /// Where it is loaded: the start of memory above the legacy hole.
 const ADDRESS: u64 = 0x10_0000;
@@ -50,6 +53,11 @@ fn file(code: &[u8]) -> io::Result<NamedTempFile> {
     let mut file = NamedTempFile::new()?;
     file.write_all(&elf(code))?;
     Ok(file)
+}
+
+/// Writes a guest that says on the console that it runs, and sleeps.
+pub fn write_sleeper() -> io::Result<NamedTempFile> {
+    file(&SLEEPER)
 }
 
 fn elf(code: &[u8]) -> Vec<u8> {

@@ -16,7 +16,7 @@ mod thread;
 mod trap;
 
 pub use error::ConfineError;
-pub use process::{confine_process, confine_sandbox, drop_privileges, drop_privileges_but_mounts};
+pub use process::{confine_machine, confine_process, confine_sandbox, drop_privileges, drop_privileges_but_mounts};
 pub use thread::spawn;
 pub use trap::{EXIT_CODE, report_to};
 

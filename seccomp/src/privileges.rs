@@ -75,6 +75,15 @@ fn keep(wanted: &[Capability]) -> Result<(), ConfineError> {
     Ok(())
 }
 
+/// Takes from the calling thread, and those that it starts, what no machine does with files: to run them, and to make nodes
+/// that stand for something else. Where the kernel has no Landlock nothing happens.
+pub fn refuse_programs() -> Result<(), ConfineError> {
+    let access = AccessFs::Execute | AccessFs::MakeChar | AccessFs::MakeBlock | AccessFs::MakeFifo | AccessFs::MakeSym;
+    let ruleset = Ruleset::default().set_compatibility(CompatLevel::BestEffort).handle_access(access)?.create()?;
+    ruleset.restrict_self()?;
+    Ok(())
+}
+
 /// Leaves the calling thread the descriptors that it has, and no path. Only a socket file can be removed: that of the
 /// vsock device, by whoever drops the device. Where the kernel has no Landlock nothing happens.
 fn close_file_system() -> Result<(), ConfineError> {

@@ -33,6 +33,15 @@ pub fn confine_sandbox(confinement: Confinement) -> Result<(), ConfineError> {
     Ok(())
 }
 
+/// For a program that is a machine and nothing else, when it has opened what its operator named: it gains no privileges,
+/// starts no programs, keeps the capabilities that files take, and is under the ceiling. As for [`confine_process`]; and
+/// capabilities belong to threads, so there must be one thread yet.
+pub fn confine_machine() -> Result<(), ConfineError> {
+    drop_privileges()?;
+    privileges::refuse_programs()?;
+    confine_process(Confinement::On)
+}
+
 /// Puts the ceiling over all threads that there are and will be. Must come before the first [`spawn`](crate::spawn):
 /// the kernel puts no filter under another.
 pub fn confine_process(confinement: Confinement) -> Result<(), ConfineError> {

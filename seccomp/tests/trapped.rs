@@ -5,7 +5,8 @@ use std::fs::File;
 use std::process::{Command, Output};
 
 use seccomp::{
-    Confinement, EXIT_CODE, Role, confine_process, confine_sandbox, drop_privileges, drop_privileges_but_mounts, spawn,
+    Confinement, EXIT_CODE, Role, confine_machine, confine_process, confine_sandbox, drop_privileges,
+    drop_privileges_but_mounts, spawn,
 };
 
 const CASE: &str = "SECCOMP_TEST_CASE";
@@ -139,6 +140,49 @@ fn a_role_fits_under_the_ceiling() {
         }
     };
     goes_on(in_child("a_role_fits_under_the_ceiling", body));
+}
+
+#[test]
+fn a_machines_process_starts_no_program() {
+    let body = || {
+        confine_machine().expect("confined");
+        call(libc::SYS_execve, [0x10, 0x20, 0]);
+    };
+    is_named(in_child("a_machines_process_starts_no_program", body), "ceiling may not call execve(");
+}
+
+#[test]
+fn a_machines_process_makes_no_nodes_and_has_no_capabilities_but_for_files() {
+    let body = || {
+        let directory = std::env::temp_dir().join(format!("inlay-node-{}", std::process::id()));
+        confine_machine().expect("confined");
+        // Landlock, where the kernel has it: the ceiling allows the call for the file system server.
+        let link = std::ffi::CString::new(directory.as_os_str().as_encoded_bytes()).expect("a path");
+        // SAFETY: two strings that end.
+        let refused = unsafe { libc::symlinkat(c"x".as_ptr(), libc::AT_FDCWD, link.as_ptr()) } != 0;
+        let _ = std::fs::remove_file(&directory);
+        // SAFETY: asks for a version, and reads no memory.
+        let landlock = unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, 0, 0, 1) } > 0;
+        assert_eq!(refused, landlock);
+        let status = std::fs::read_to_string("/proc/self/status").expect("status");
+        let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).expect(name).trim().to_owned();
+        assert_eq!((field("NoNewPrivs:").as_str(), field("Seccomp:").as_str()), ("1", "2"));
+        // Bits 0 to 7 and 27 and 31 are of files (linux/capability.h).
+        let effective = u64::from_str_radix(&field("CapEff:"), 16).expect("capabilities");
+        assert_eq!(effective & !0x8800_00ff, 0, "{effective:#x}");
+    };
+    goes_on(in_child("a_machines_process_makes_no_nodes_and_has_no_capabilities_but_for_files", body));
+}
+
+#[test]
+fn a_daemon_lets_go_of_its_standard_streams_and_of_no_other() {
+    let test = "a_daemon_lets_go_of_its_standard_streams_and_of_no_other";
+    let body = || {
+        confine_machine().expect("confined");
+        call(libc::SYS_dup2, [2, 0, 0]);
+        call(libc::SYS_dup2, [2, 7, 0]);
+    };
+    is_named(in_child(test, body), "ceiling may not call dup2(0x2, 0x7");
 }
 
 #[test]

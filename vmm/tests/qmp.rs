@@ -16,7 +16,8 @@ use tempfile::{NamedTempFile, TempDir};
 
 use support::Code;
 use vmm::config::SlotConfig;
-use vmm::stratovirt::qmp::{self, QmpServer, commands};
+use vmm::stratovirt::Inventory;
+use vmm::stratovirt::qmp::{Front, QmpServer, commands};
 use vmm::{BalloonConfig, ExitReason, Machine};
 
 /// A machine of StratoVirt's kind, its server and where that listens.
@@ -43,7 +44,7 @@ impl Host {
         let machine = Arc::new(Machine::build(config).expect("build"));
         let directory = tempfile::tempdir().expect("directory");
         let listener = UnixListener::bind(directory.path().join("qmp")).expect("bind");
-        let server = qmp::serve(Arc::clone(&machine), listener).expect("serve");
+        let server = Front::new(Arc::clone(&machine), Inventory::default()).serve(listener).expect("serve");
         Self { machine, server, directory, _kernel: kernel }
     }
 
@@ -86,27 +87,20 @@ impl Client {
         self.0.get_mut().write_all(bytes).expect("write");
     }
 
-    /// Sends a request and returns the events before its reply, without their times, and the reply.
-    fn exchange(&mut self, request: Value) -> (Vec<Value>, Value) {
+    /// Sends a request and returns its reply, which nothing comes before.
+    fn call(&mut self, request: Value) -> Value {
         self.send(request.to_string().as_bytes());
-        let mut events = Vec::new();
-        loop {
-            let mut message = self.next().expect("a reply");
-            if message.get("event").is_none() {
-                return (events, message);
-            }
-            let stamp = message.as_object_mut().and_then(|event| event.remove("timestamp")).expect("a time");
-            assert!(
-                stamp["seconds"].as_u64() > Some(1_600_000_000) && stamp["microseconds"].as_u64() < Some(1_000_000)
-            );
-            events.push(message);
-        }
+        let reply = self.next().expect("a reply");
+        assert!(reply.get("event").is_none(), "{reply}");
+        reply
     }
 
-    fn call(&mut self, request: Value) -> Value {
-        let (events, reply) = self.exchange(request);
-        assert_eq!(events, Vec::<Value>::new());
-        reply
+    /// The next event, without its time.
+    fn event(&mut self) -> Value {
+        let mut event = self.next().expect("an event");
+        let stamp = event.as_object_mut().and_then(|event| event.remove("timestamp")).expect("a time");
+        assert!(stamp["seconds"].as_u64() > Some(1_600_000_000) && stamp["microseconds"].as_u64() < Some(1_000_000));
+        event
     }
 
     fn fails(&mut self, request: Value) -> String {
@@ -131,15 +125,19 @@ fn every_command_is_answered() {
     assert_eq!(names.len(), commands::COMMANDS.len());
     for command in commands::COMMANDS {
         assert!(names.contains(&json!(command.name)));
-        if ["quit", "system_reset"].contains(&command.name) {
+        if ["quit", "system_reset", "system_powerdown"].contains(&command.name) {
+            continue;
+        }
+        // Both are told of, at another place.
+        if ["stop", "cont"].contains(&command.name) {
             continue;
         }
         // Some need arguments, and then say so; none is unknown, and each echoes its identifier.
-        let (_, reply) = client.exchange(json!({"execute": command.name, "id": command.name}));
+        let reply = client.call(json!({"execute": command.name, "id": command.name}));
         assert_eq!(reply["id"], command.name);
         let refused = command.standing == commands::Standing::Refused;
         match reply.get("error") {
-            Some(error) => assert_eq!(error["class"], "GenericError", "{reply}"),
+            Some(error) => assert!(error["class"] == "GenericError" || error["class"] == "DeviceNotActive", "{reply}"),
             None => assert!(!refused && reply.get("return").is_some(), "{reply}"),
         }
     }
@@ -156,7 +154,7 @@ fn every_command_is_answered() {
         cpus["return"],
         json!([{
             "current": true, "qom_path": "/machine/unattached/device[0]", "halted": false, "arch": "x86", "CPU": 0,
-            "props": {"socket-id": 0, "core-id": 0, "thread-id": 0}, "thread_id": host.machine.vcpu_thread_ids()[0],
+            "props": {"socket-id": 0, "die_id": 0, "core-id": 0, "thread-id": 0}, "thread_id": host.machine.vcpu_thread_ids()[0],
         }])
     );
 }
@@ -166,13 +164,15 @@ fn stop_and_cont_alternate_and_tell() {
     need_kvm!();
     let host = Host::start(Code::new().spin());
     let mut client = host.client();
-    let event = |name: &str| vec![json!({"event": name, "data": {}})];
+    let event = |name: &str| json!({"event": name, "data": {}});
     let status = |running, status: &str| json!({"return": {"running": running, "singlestep": false, "status": status}});
     for _ in 0..3 {
-        assert_eq!(client.exchange(json!({"execute": "stop"})), (event("STOP"), ok()));
+        assert_eq!(client.call(json!({"execute": "stop"})), ok());
+        assert_eq!(client.event(), event("STOP"));
         assert_eq!(client.fails(json!({"execute": "stop"})), "GenericError");
         assert_eq!(client.call(json!({"execute": "query-status"})), status(false, "paused"));
-        assert_eq!(client.exchange(json!({"execute": "cont"})), (event("RESUME"), ok()));
+        assert_eq!(client.call(json!({"execute": "cont"})), ok());
+        assert_eq!(client.event(), event("RESUME"));
         assert_eq!(client.fails(json!({"execute": "cont"})), "GenericError");
         assert_eq!(client.call(json!({"execute": "query-status"})), status(true, "running"));
     }
@@ -198,11 +198,12 @@ fn the_end_of_the_guest_is_told() {
     let host = Host::frozen(Code::new().out(support::I8042_PORT, 0xfe).halt());
     let mut client = host.client();
     assert_eq!(client.call(json!({"execute": "query-status"}))["return"]["status"], "paused");
-    assert_eq!(client.exchange(json!({"execute": "cont"})).1, ok());
+    assert_eq!(client.call(json!({"execute": "cont"})), ok());
     let mut told = Vec::new();
     while let Some(event) = client.next() {
         told.push((event["event"].clone(), event["data"].clone()));
     }
+    assert_eq!(told.remove(0).0, "RESUME");
     let shutdown = (json!("SHUTDOWN"), json!({"guest": true, "reason": "guest-reset"}));
     assert_eq!(told, [(json!("RESET"), json!({"guest": true})), shutdown]);
     host.server.join();
@@ -241,7 +242,8 @@ fn drives_are_swapped_ten_times_in_both_spellings() {
         assert_eq!(host.machine.slots()[1].occupant.as_deref(), Some(id.as_str()));
         let del = json!({"execute": "device_del", "arguments": {"id": id}});
         let deleted = json!({"event": "DEVICE_DELETED", "data": {"device": id, "path": id}});
-        assert_eq!(client.exchange(del.clone()), (vec![deleted], ok()));
+        assert_eq!(client.call(del.clone()), ok());
+        assert_eq!(client.event(), deleted);
         assert_eq!(client.fails(del), "GenericError");
     }
     assert!(host.machine.slots().iter().all(|slot| slot.occupant.is_none()));
@@ -278,7 +280,7 @@ fn what_cannot_be_plugged_is_refused_and_changes_nothing() {
     ] {
         assert_eq!(client.fails(request.clone()), "GenericError", "{request}");
     }
-    assert_eq!(client.fails(json!({"execute": "fly"})), "CommandNotFound");
+    assert_eq!(client.fails(json!({"execute": "fly"})), "GenericError");
     assert_eq!(client.call(add("b", "3")), ok());
     let occupants: Vec<_> = host.machine.slots().into_iter().map(|slot| slot.occupant).collect();
     assert_eq!(occupants, [Some("a".into()), None, None, Some("b".into()), None, None]);
@@ -337,8 +339,8 @@ fn requests_of_a_client_that_has_closed_its_half_are_served() {
     let mut client = host.client();
     client.send(br#"{"execute":"stop"}"#);
     client.0.get_ref().shutdown(Shutdown::Write).expect("shutdown");
-    assert_eq!(client.next().expect("an event")["event"], "STOP");
     assert_eq!(client.next(), Some(ok()));
+    assert_eq!(client.next().expect("an event")["event"], "STOP");
     assert_eq!(client.next(), None);
 }
 
@@ -354,13 +356,15 @@ fn migrate_saves_the_machine_and_leaves_it_stopped() {
         assert_eq!(client.fails(migrate(uri.into())), "GenericError");
         assert_eq!(status(&mut client), "none");
     }
-    let (events, reply) = client.exchange(migrate(format!("file:{}", directory.display())));
-    assert_eq!((events.len(), reply), (1, ok()));
+    assert_eq!(client.call(migrate(format!("file:{}", directory.display()))), ok());
+    assert_eq!(client.event()["event"], "STOP");
     assert_eq!(status(&mut client), "completed");
     assert!(directory.join("state").exists() && directory.join("memory").exists());
     assert_eq!(client.call(json!({"execute": "query-status"}))["return"]["running"], false);
-    assert_eq!(client.exchange(json!({"execute": "cont"})).1, ok());
-    assert_eq!(client.exchange(migrate("file:/proc/nowhere".into())).1["error"]["class"], "GenericError");
+    assert_eq!(client.call(json!({"execute": "cont"})), ok());
+    assert_eq!(client.event()["event"], "RESUME");
+    assert_eq!(client.fails(migrate("file:/proc/nowhere".into())), "GenericError");
+    assert_eq!(client.event()["event"], "STOP");
     assert_eq!(status(&mut client), "failed");
 }
 

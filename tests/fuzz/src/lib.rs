@@ -4,7 +4,9 @@
 mod driver;
 mod event_loop;
 mod nobody;
+mod writing;
 
 pub use driver::{Bytes, Case, Host, Request, play, play_with};
 pub use event_loop::SteppedLoop;
 pub use nobody::{become_nobody, leave_network};
+pub use writing::write_only_below;

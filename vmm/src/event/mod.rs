@@ -1,7 +1,7 @@
 //! Threads that devices run on: an event-manager loop in a thread of its own.
 
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
@@ -24,7 +24,10 @@ pub enum EventError {
 /// An event loop and its thread.
 pub struct LoopThread {
     endpoint: RemoteEndpoint<Subscriber>,
+    role: Role,
     stopping: Arc<AtomicBool>,
+    /// 0 until the thread has told.
+    id: Arc<AtomicI32>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -33,13 +36,27 @@ impl LoopThread {
     pub fn spawn(role: Role, confinement: Confinement) -> Result<Self, EventError> {
         let manager = EventManager::new().map_err(EventError::Manager)?;
         let endpoint = manager.remote_endpoint();
-        let stopping = Arc::new(AtomicBool::new(false));
+        let (stopping, id) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicI32::new(0)));
         let thread = seccomp::spawn(confinement, role, role.name().to_owned(), {
-            let stopping = Arc::clone(&stopping);
-            move || run(manager, &stopping)
+            let (stopping, id) = (Arc::clone(&stopping), Arc::clone(&id));
+            move || {
+                // SAFETY: always succeeds, and touches no memory.
+                id.store(unsafe { libc::gettid() }, Ordering::Release);
+                run(manager, &stopping);
+            }
         })
         .map_err(EventError::Thread)?;
-        Ok(Self { endpoint, stopping, thread: Mutex::new(Some(thread)) })
+        Ok(Self { endpoint, role, stopping, id, thread: Mutex::new(Some(thread)) })
+    }
+
+    /// What its thread is for.
+    pub fn role(&self) -> Role {
+        self.role
+    }
+
+    /// Its thread's identifier, which it has told when the first device was added.
+    pub fn thread_id(&self) -> i32 {
+        self.id.load(Ordering::Acquire)
     }
 
     /// Ends the thread and drops what ran on it. Must not be called from that thread.

@@ -63,6 +63,14 @@ impl Pluggable {
         }
     }
 
+    /// Gives it the queues of the slot, which are those that the guest's driver has found.
+    fn fit(&mut self, queue_sizes: &[u16]) {
+        if let (Self::Blk(config), Some(size)) = (self, queue_sizes.first()) {
+            config.queues = u16::try_from(queue_sizes.len()).unwrap_or(u16::MAX);
+            config.queue_size = *size;
+        }
+    }
+
     /// Makes the device, before its first driver comes or after.
     pub(crate) fn into_device(self, confinement: Confinement) -> Result<Box<dyn VirtioDevice>, HotplugError> {
         match self {
@@ -110,7 +118,7 @@ pub enum HotplugError {
     #[error("There is a device {0} already")]
     Exists(String),
     /// No slot has a device of the name.
-    #[error("There is no device {0} that could be unplugged")]
+    #[error("Device {0} not found")]
     NotFound(String),
     /// The drive is none.
     #[error(transparent)]
@@ -165,7 +173,7 @@ impl Slots {
     }
 
     /// Plugs a device into slot `index` of its kind, or the first that is vacant, and returns which it was.
-    pub fn plug(&self, index: Option<usize>, device: Pluggable) -> Result<usize, HotplugError> {
+    pub fn plug(&self, index: Option<usize>, mut device: Pluggable) -> Result<usize, HotplugError> {
         let mut slots = self.lock();
         let (kind, id) = (device.kind(), device.id().to_owned());
         if slots.iter().any(|slot| slot.occupant.as_ref() == Some(&id)) {
@@ -185,6 +193,7 @@ impl Slots {
         if let Some(occupant) = &slot.occupant {
             return Err(HotplugError::Taken { kind, index, occupant: occupant.clone() });
         }
+        device.fit(&slot.transport.queue_max_sizes());
         slot.replace(device.into_device(self.confinement)?, &id)?;
         slot.occupant = Some(id);
         Ok(index)

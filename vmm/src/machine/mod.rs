@@ -1,4 +1,4 @@
-//! A machine's life, one verb to a file: assemble, attach, build, boot, run, pause, plug, snapshot, restore, stop, exit.
+//! A machine's life, one verb to a file: assemble, attach, build, boot, run, pause, peek, plug, snapshot, restore, stop, exit.
 
 mod assemble;
 mod attach;
@@ -6,6 +6,7 @@ mod boot;
 mod build;
 pub mod exit;
 mod pause;
+mod peek;
 mod plug;
 mod restore;
 mod run;
@@ -35,6 +36,7 @@ use crate::memory::Above;
 use crate::memory::lazy::{LazyHandle, LazyMemory};
 use crate::observe::TracePoints;
 use crate::vcpu::{Control, VcpuThread};
+use seccomp::Role;
 
 pub use attach::AttachError;
 pub use boot::BootError;
@@ -141,6 +143,11 @@ impl Machine {
     pub fn vcpu_thread_ids(&self) -> Vec<i32> {
         self.control.wait_until_arrived();
         self.control.threads().iter().map(VcpuThread::id).collect()
+    }
+
+    /// Thread identifier of the event loop that devices share; `None` where the machine has no device for it.
+    pub fn io_thread_id(&self) -> Option<i32> {
+        self.loops.iter().find(|event_loop| event_loop.role() == Role::Io).map(|event_loop| event_loop.thread_id())
     }
 
     /// When the machine reached the stations of its start.

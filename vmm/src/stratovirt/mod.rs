@@ -7,9 +7,12 @@
 
 pub mod command_line;
 pub mod console;
+pub mod drive;
+pub mod inventory;
 pub mod launch;
 pub mod qmp;
 
 pub use command_line::{CommandLine, CommandLineError, Request};
 pub use console::Console;
+pub use inventory::Inventory;
 pub use launch::{Launch, LaunchError};

@@ -6,6 +6,7 @@ use std::io;
 use vm_memory::{ByteValued, Le16, Le32, Le64};
 
 use super::image::ImageError;
+use super::metrics::BlkMetrics;
 use crate::virtio::rate_limiter::RateLimits;
 
 /// Bytes of a sector, the unit of every position and length on the wire (section 5.2.4).
@@ -95,6 +96,8 @@ pub struct BlkConfig {
     pub logical_block_size: Option<u32>,
     /// How much the guest may do.
     pub limits: RateLimits,
+    /// Where it is counted what the guest does.
+    pub metrics: BlkMetrics,
 }
 
 impl BlkConfig {
@@ -112,6 +115,7 @@ impl BlkConfig {
             queue_size: 256,
             logical_block_size: None,
             limits: RateLimits::default(),
+            metrics: BlkMetrics::default(),
         }
     }
 

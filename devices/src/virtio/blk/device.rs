@@ -19,6 +19,7 @@ use super::config::{
 };
 use super::engine::{self, SharedEngine};
 use super::image::Disk;
+use super::metrics::BlkMetrics;
 use super::request::Requests;
 use super::state::BlkState;
 use super::worker::Worker;
@@ -34,6 +35,7 @@ pub struct Blk {
     id: String,
     disk: Arc<Disk>,
     engine: SharedEngine,
+    metrics: BlkMetrics,
     serial: [u8; VIRTIO_BLK_ID_BYTES as usize],
     queue_sizes: Vec<u16>,
     config: ConfigSpace,
@@ -100,6 +102,7 @@ impl Blk {
             config: config_space(config.queues, config.queue_size, block),
             queue_sizes: vec![config.queue_size; config.queues.into()],
             engine,
+            metrics: config.metrics,
             budget,
             serial,
             writeback: Arc::new(AtomicBool::new(true)),
@@ -198,7 +201,7 @@ impl VirtioDevice for Blk {
         let limiter = self.budget.clone().map(RateLimiter::new).transpose().map_err(ActivateError::Setup)?;
         let requests = Requests::new(Arc::clone(&self.disk), self.serial, Arc::clone(&self.writeback), features);
         let interrupt = activation.interrupt.clone();
-        let worker = Worker::new(activation, requests, Arc::clone(&self.engine), limiter);
+        let worker = Worker::new(activation, requests, Arc::clone(&self.engine), self.metrics.clone(), limiter);
         self.set_active(Some(interrupt));
         Ok(Box::new(worker))
     }

@@ -8,6 +8,7 @@
 //! | `operation`, `transfer` | what a request asks of an image, as steps that any engine takes |
 //! | `image` | what it is answered from: raw files and devices, qcow2 |
 //! | `engine` | who does the work: the event loop, threads, an I/O ring |
+//! | `metrics` | counters of what was done |
 //! | `state` | what a drive remembers in a snapshot |
 //! | `worker` | the active half: queues, limits, what is under way |
 
@@ -16,6 +17,7 @@ mod config;
 mod device;
 mod engine;
 mod image;
+mod metrics;
 mod operation;
 mod request;
 mod state;
@@ -27,3 +29,4 @@ mod worker;
 pub use config::{BackingImage, BlkConfig, BlkError, BlkErrorKind, EngineKind, ImageFormat, MAX_QUEUES, QUEUE_SIZES};
 pub use device::{Blk, BlkControl};
 pub use image::{ImageError, Qcow2Error};
+pub use metrics::{BlkMetrics, RequestCount, RequestKind};

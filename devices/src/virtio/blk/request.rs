@@ -15,6 +15,7 @@ use super::config::{
     MAX_DISCARD_SECTORS, MAX_DISCARD_SEGMENTS, MAX_WRITE_ZEROES_SECTORS, MAX_WRITE_ZEROES_SEGMENTS, SECTOR_SIZE,
 };
 use super::image::Disk;
+use super::metrics::RequestKind;
 use super::operation::{ByteRange, Erasure, Operation};
 use super::transfer::Direction;
 use crate::GuestMemory;
@@ -87,7 +88,7 @@ pub(super) enum Action {
     /// The serial number.
     Identify,
     /// Work on the image, which writes `written` bytes to the chain when it succeeds.
-    Run { operation: Operation, written: u32 },
+    Run { kind: RequestKind, operation: Operation, written: u32 },
 }
 
 enum Refusal {
@@ -160,7 +161,8 @@ impl Requests {
                 self.transfer(memory, Direction::Write, sector, data_out, self.must_be_stable())
             }
             VIRTIO_BLK_T_FLUSH => {
-                Ok(Request { action: Action::Run { operation: Operation::flush(), written: 0 }, bytes: 0 })
+                let operation = Operation::flush();
+                Ok(Request { action: Action::Run { kind: RequestKind::Flush, operation, written: 0 }, bytes: 0 })
             }
             VIRTIO_BLK_T_GET_ID if data_in.len() < VIRTIO_BLK_ID_BYTES => Err(IO_ERROR),
             VIRTIO_BLK_T_GET_ID => Ok(Request { action: Action::Identify, bytes: 0 }),
@@ -181,9 +183,12 @@ impl Requests {
         let bytes = data.len();
         let position = self.disk.position(sector, bytes.into()).ok_or(IO_ERROR)?;
         let transfer = self.disk.transfer(direction, position, bytes, data.held_buffers(memory)?);
-        let written = if direction == Direction::Read { bytes } else { 0 };
+        let (kind, written) = match direction {
+            Direction::Read => (RequestKind::Read, bytes),
+            Direction::Write => (RequestKind::Write, 0),
+        };
         let operation = Operation::transfer(transfer, stable);
-        Ok(Request { action: Action::Run { operation, written }, bytes })
+        Ok(Request { action: Action::Run { kind, operation, written }, bytes })
     }
 
     /// Section 5.2.6.2: the `unmap` flag means nothing to a discard, and unknown flags mean that
@@ -245,7 +250,7 @@ impl Requests {
             }
         }
         let operation = Operation::erase(erasure, ranges, self.must_be_stable());
-        Ok(Request { action: Action::Run { operation, written: 0 }, bytes: 0 })
+        Ok(Request { action: Action::Run { kind: RequestKind::Erase, operation, written: 0 }, bytes: 0 })
     }
 
     fn check_writable(&self) -> Result<(), Refusal> {

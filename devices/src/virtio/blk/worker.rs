@@ -5,6 +5,7 @@ use tracing::{debug, error, warn};
 use virtio_queue::Queue;
 
 use super::engine::{Completion, MAX_IN_FLIGHT, SharedEngine, lock};
+use super::metrics::{BlkMetrics, RequestKind};
 use super::request::{Action, Requests, Status, answer};
 use crate::ActiveHalf;
 use crate::virtio::queue::{CHAINS_PER_WAKE_UP, Chain, QueueError, VirtQueue};
@@ -26,6 +27,7 @@ pub(super) struct Worker {
     queues: Vec<DriveQueue>,
     requests: Requests,
     engine: SharedEngine,
+    metrics: BlkMetrics,
     limiter: Option<RateLimiter>,
     interrupt: Interrupt,
     /// By token.
@@ -46,11 +48,20 @@ struct InFlight {
     chain: Chain,
     /// Bytes written to the chain when it succeeds.
     written: u32,
+    kind: RequestKind,
+    /// Bytes of its data, for the books.
+    bytes: u32,
 }
 
 impl Worker {
     /// For an engine that is idle.
-    pub fn new(activation: Activation, requests: Requests, engine: SharedEngine, limiter: Option<RateLimiter>) -> Self {
+    pub fn new(
+        activation: Activation,
+        requests: Requests,
+        engine: SharedEngine,
+        metrics: BlkMetrics,
+        limiter: Option<RateLimiter>,
+    ) -> Self {
         let Activation { memory, queues, acked_features, interrupt } = activation;
         let queue = |active: Option<ActiveQueue>| DriveQueue {
             queue: active.map(|active| VirtQueue::new(active, &memory, acked_features)),
@@ -60,6 +71,7 @@ impl Worker {
             queues: queues.into_iter().map(queue).collect(),
             requests,
             engine,
+            metrics,
             limiter,
             interrupt,
             in_flight: (0..MAX_IN_FLIGHT).map(|_| None).collect(),
@@ -92,9 +104,9 @@ impl Worker {
                 }
                 budget = budget.saturating_sub(1);
                 let (written, status) = match request.action {
-                    Action::Run { operation, written } => {
+                    Action::Run { kind, operation, written } => {
                         if let Some(slot) = self.in_flight.get_mut(usize::from(token)) {
-                            *slot = Some(InFlight { queue: index, chain, written });
+                            *slot = Some(InFlight { queue: index, chain, written, kind, bytes: request.bytes });
                         }
                         lock(&self.engine).start(token, operation);
                         continue;
@@ -123,8 +135,12 @@ impl Worker {
             self.free.push(token);
             let Some(DriveQueue { queue: Some(queue), .. }) = self.queues.get_mut(done.queue) else { continue };
             let (status, written) = match result {
-                Ok(()) => (Status::Ok, done.written),
+                Ok(()) => {
+                    self.metrics.done(done.kind, done.bytes);
+                    (Status::Ok, done.written)
+                }
                 Err(error) => {
+                    self.metrics.failed(done.kind);
                     debug!(%error, "A disk request fails");
                     (Status::IoError, 0)
                 }

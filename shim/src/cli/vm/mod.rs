@@ -1,17 +1,20 @@
 //! `inlay vm`, and the program called `stratovirt`: a machine with StratoVirt's command line.
 
 mod daemon;
+mod footprint;
 
 use std::error::Error;
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
+use std::os::fd::IntoRawFd;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex};
 
+use seccomp::Confinement;
 use tracing_subscriber::filter::LevelFilter;
-use vmm::stratovirt::qmp::{self, QmpServer};
+use vmm::stratovirt::qmp::{Front, QmpServer};
 use vmm::stratovirt::{CommandLine, Console, Launch, Request};
 use vmm::{ExitReason, Machine};
 
@@ -43,7 +46,9 @@ fn run(words: impl Iterator<Item = OsString>) -> Result<ExitCode, Box<dyn Error>
     // Before anything is opened and any thread started: neither outlives a fork whole.
     let daemon = if line.daemonize { Some(daemon::fork()?) } else { None };
 
-    let Launch { machine, incoming, input, monitors, freeze, sockets: _sockets } = Launch::open(line)?;
+    let log_is_seen = matches!(line.log, Some(None));
+    let Launch { machine, incoming, input, monitors, inventory, freeze, sockets: _sockets } = Launch::open(line)?;
+    confine(machine.confinement, log_is_seen)?;
     let machine = Arc::new(match incoming {
         Some(directory) => Machine::restore(machine, &directory)?,
         None => Machine::build(machine)?,
@@ -52,14 +57,15 @@ fn run(words: impl Iterator<Item = OsString>) -> Result<ExitCode, Box<dyn Error>
         Some(input) => Some(Console::start(Arc::clone(&machine), input)?),
         None => None,
     };
-    let serve = |listener| qmp::serve(Arc::clone(&machine), listener);
-    let servers = monitors.into_iter().map(serve).collect::<io::Result<Vec<_>>>()?;
+    let front = Front::new(Arc::clone(&machine), inventory);
+    let servers = monitors.into_iter().map(|listener| front.serve(listener)).collect::<io::Result<Vec<_>>>()?;
     if let Some(daemon) = daemon {
         daemon.detach(pidfile.as_deref())?;
     }
     if !freeze {
         machine.start()?;
     }
+    footprint::let_go_of_the_start();
     let reason = machine.wait();
     // Its clients are told of the end.
     servers.into_iter().for_each(QmpServer::join);
@@ -75,6 +81,21 @@ fn run(words: impl Iterator<Item = OsString>) -> Result<ExitCode, Box<dyn Error>
             ExitCode::FAILURE
         }
     })
+}
+
+/// Puts the process under its ceiling: what the command line names is open, and nothing has been made of it yet. Threads come
+/// under it too, and have filters of their own on top.
+fn confine(confinement: Confinement, log_is_seen: bool) -> Result<(), seccomp::ConfineError> {
+    match confinement {
+        Confinement::On => seccomp::confine_machine(),
+        Confinement::Off => {
+            // The log has the same, for whoever reads it.
+            if !log_is_seen {
+                let _ = writeln!(io::stderr(), "SECCOMP IS DISABLED: this process and its guest are not confined");
+            }
+            Ok(())
+        }
+    }
 }
 
 /// Prints an error with its causes as one line.
@@ -101,6 +122,8 @@ fn start_log(target: Option<Option<&Path>>) -> io::Result<()> {
             let file: File = OpenOptions::new().create(true).append(true).open(path).map_err(|error| {
                 io::Error::new(error.kind(), format!("Cannot open the log {}: {error}", path.display()))
             })?;
+            // Standard error is gone when the process is a daemon. The descriptor stays open as long as the process.
+            seccomp::report_to(file.try_clone()?.into_raw_fd());
             log.with_writer(Mutex::new(file)).init();
         }
     }

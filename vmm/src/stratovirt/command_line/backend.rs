@@ -19,9 +19,8 @@ pub struct Drive {
     /// Whether the guest may only read.
     #[serde(default)]
     pub readonly: bool,
-    /// Whether the host's page cache is left out.
-    #[serde(default = "on")]
-    pub direct: bool,
+    /// Whether the host's page cache is left out. It is where that is not said, and the file system can.
+    pub direct: Option<bool>,
     /// How requests are carried out; see [`Drive::engine`] where it is missing.
     pub aio: Option<Aio>,
     /// Operations of a second.
@@ -47,14 +46,15 @@ pub enum Aio {
 }
 
 impl Drive {
+    /// Whether the host's page cache is to be left out.
+    pub fn is_direct(&self) -> bool {
+        self.direct.unwrap_or(true)
+    }
+
     /// How requests are carried out: as asked for, else asynchronously where the page cache is left out.
     pub fn engine(&self) -> Aio {
-        self.aio.unwrap_or(if self.direct { Aio::Native } else { Aio::Off })
+        self.aio.unwrap_or(if self.is_direct() { Aio::Native } else { Aio::Off })
     }
-}
-
-fn on() -> bool {
-    true
 }
 
 /// `-netdev`

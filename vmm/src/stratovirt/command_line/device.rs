@@ -125,6 +125,9 @@ pub struct BalloonDevice {
     /// Whether the guest tells which pages are free.
     #[serde(default)]
     pub free_page_reporting: bool,
+    /// Whether the host gets back what the guest does not use.
+    #[serde(default)]
+    pub auto_balloon: bool,
 }
 
 /// `-device virtio-mem-device`
@@ -159,6 +162,10 @@ pub struct RngDevice {
     pub id: Option<String>,
     /// The `-object rng-random` behind it.
     pub rng: String,
+    /// Bytes that the guest gets in a period.
+    pub max_bytes: Option<u64>,
+    /// How long a period is, in milliseconds.
+    pub period: Option<u64>,
 }
 
 /// `-device vhost-user-fs-device`

@@ -27,7 +27,7 @@ use machine::{Incoming, MachineOption, Memory, Mon, Numa, Object, Qmp, Smp};
 use support::{Operand, Support};
 
 pub use list::ListError;
-pub use table::markdown;
+pub use table::{catalogue, kinds, markdown};
 
 /// Most words of a command line: each is kept, and no machine has that many devices.
 pub const MAX_WORDS: usize = 4096;

@@ -40,7 +40,6 @@ const OFF: &[&str] = &["off", "false", "no"];
 const NO_PCI: &str = "a microvm has no PCI bus, its devices are on MMIO";
 const NO_FIRMWARE: &str = "a microvm has neither firmware nor ACPI";
 const ONE_LOOP: &str = "devices share one thread, and those that wait for the host have their own";
-const NO_RATE: &str = "each request has a limit, their number has none";
 const LIBVIRT: &str = "libvirt gives it to every machine";
 const ARM: &str = "it belongs to machines for Arm";
 
@@ -64,7 +63,7 @@ pub const OPTIONS: &[(&str, Operand, Support)] = &[
     ("rtc", Operand::Any, Support::Ignored(LIBVIRT)),
     ("sandbox", Operand::Any, Support::Ignored(LIBVIRT)),
     ("smbios", Operand::Any, Support::Ignored(NO_FIRMWARE)),
-    ("trace", Operand::Any, Support::Refused("there is the log: -D FILE with STRATOVIRT_LOG_LEVEL=trace")),
+    ("trace", Operand::Any, Support::Ignored("there is the log: -D FILE with STRATOVIRT_LOG_LEVEL=trace")),
     ("usb", Operand::None, Support::Ignored(LIBVIRT)),
     ("uuid", Operand::Any, Support::Ignored("a microvm has no firmware to tell it to the guest")),
 ];
@@ -113,8 +112,6 @@ const PROPERTIES: &[(&str, &str, &str, Support)] = &[
     ("netdev", "vhost-user", "queues", Support::Partly("1 only")),
     ("device", "virtio-net-device", "queue-size", Support::Partly("256 only, but for vhost-user")),
     ("device", "virtio-net-device", "mq", Support::Ignored("an interface has as many pairs of queues as its -netdev")),
-    ("device", "virtio-rng-device", "max-bytes", Support::Ignored(NO_RATE)),
-    ("device", "virtio-rng-device", "period", Support::Ignored(NO_RATE)),
     ("object", "rng-random", "filename", Support::Partly("/dev/urandom and /dev/random only")),
     (
         "machine",
@@ -150,7 +147,9 @@ const PROPERTIES: &[(&str, &str, &str, Support)] = &[
         "drive",
         "",
         "detect-zeroes",
-        Support::Only { values: OFF, why: "a guest that means to free space says so: discard and write zeroes" },
+        Support::Ignored(
+            "zeroes are written as zeroes; a guest that means to free space says so: discard and write zeroes",
+        ),
     ),
     ("netdev", "tap", "script", Support::Only { values: &["no"], why: "no program is started for an interface" }),
     ("netdev", "tap", "downscript", Support::Only { values: &["no"], why: "no program is started for an interface" }),
@@ -169,7 +168,7 @@ const PROPERTIES: &[(&str, &str, &str, Support)] = &[
         "device",
         "virtio-balloon-device",
         "auto-balloon",
-        Support::Only { values: OFF, why: "free pages come back by free-page-reporting" },
+        Support::Partly("free pages come back by free-page-reporting, as soon as the guest has them"),
     ),
     ("device", "virtio-balloon-device", "membuf-percent", Support::Ignored("it belongs to auto-balloon")),
     ("device", "virtio-balloon-device", "monitor-interval", Support::Ignored("it belongs to auto-balloon")),

@@ -1,6 +1,6 @@
 //! The table of the documentation.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 
 use super::backend::{Chardev, Drive, Netdev};
@@ -63,6 +63,27 @@ fn properties(text: &mut String, option: &str) {
     rows.extend(support::properties(option).map(|(kind, property, support)| ((kind, property), support)));
     for ((kind, property), support) in rows {
         line(text, "", kind, property, support);
+    }
+}
+
+/// The options that are lists, and the properties that have a meaning in them; for clients that ask what there is.
+pub fn catalogue() -> impl Iterator<Item = (&'static str, BTreeSet<&'static str>)> {
+    LISTS.iter().map(|(option, shape)| {
+        let fields = match shape() {
+            Shape::Fields(fields) => fields.iter().copied().collect(),
+            Shape::Kinds(kinds) => kinds.into_iter().flat_map(|(_, fields)| fields.iter().copied()).collect(),
+            Shape::Value => BTreeSet::new(),
+        };
+        let known = support::properties(option).filter(|(_, _, support)| !matches!(support, Support::Refused(_)));
+        (*option, known.map(|(_, property, _)| property).chain(fields).collect())
+    })
+}
+
+/// The kinds of an option, `-device` or `-object`, and the properties of each.
+pub fn kinds(option: &str) -> Vec<(&'static str, &'static [&'static str])> {
+    match LISTS.iter().find(|(name, _)| *name == option).map(|(_, shape)| shape()) {
+        Some(Shape::Kinds(kinds)) => kinds,
+        _ => Vec::new(),
     }
 }
 

@@ -94,7 +94,7 @@ fn katas_command_line_is_read_whole() {
         line.device.iter().filter_map(Device::id).collect::<Vec<_>>(),
         ["virtio-rng0", "virtio-serial0", "virtio-console0", "virtio-blk0", "vsock-id", "eth0", "virtio-fs0"]
     );
-    let [Drive { id, readonly: true, direct: false, .. }] = &line.drive[..] else { panic!("{:?}", line.drive) };
+    let [Drive { id, readonly: true, direct: Some(false), .. }] = &line.drive[..] else { panic!("{:?}", line.drive) };
     assert_eq!((id.as_str(), line.drive[0].engine()), ("rootfs", Aio::Off));
     let [Netdev::Tap(tap)] = &line.netdev[..] else { panic!("{:?}", line.netdev) };
     assert_eq!((tap.descriptors(), tap.vhost), (vec![4, 5], false));
@@ -123,7 +123,7 @@ fn an_option_without_a_name_for_its_first_property_reads_like_one_with_it() {
 fn defaults_are_stratovirts() {
     let line = with(&["-machine", "microvm", "-drive", "id=d,file=f", "-incoming", "file:/t"]);
     assert_eq!(line.machine, Some(MachineOption { dump_guest_core: true, mem_share: false }));
-    assert_eq!((line.drive[0].direct, line.drive[0].engine()), (true, Aio::Native));
+    assert_eq!((line.drive[0].is_direct(), line.drive[0].engine()), (true, Aio::Native));
     assert_eq!(line.incoming, Some(Incoming { from: Place::File("/t".into()) }));
     assert_eq!((line.smp, line.memory, line.log), (None, None, None));
     assert!(!line.disable_seccomp);

@@ -13,7 +13,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use devices::virtio::blk::{BlkConfig, EngineKind};
+use devices::virtio::blk::BlkConfig;
 use devices::virtio::console::PortEnd;
 use devices::virtio::fs::{CachePolicy, FsConfig};
 use devices::virtio::kernel_vhost::VhostError;
@@ -24,18 +24,21 @@ use devices::virtio::rate_limiter::{BucketConfig, RateLimits};
 use devices::virtio::vhost_user::{Patience, VhostUserConfig, VhostUserKind};
 
 use super::command_line::CommandLine;
-use super::command_line::backend::{Aio, Chardev, Drive, Netdev, Serial, SocketStream};
+use super::command_line::backend::{Chardev, Drive, Netdev, Serial, SocketStream};
 use super::command_line::device::{
-    BalloonDevice, BlkDevice, Device, FsDevice, MemDevice, PmemDevice, PortDevice, VhostUserBlkDevice,
+    BalloonDevice, BlkDevice, Device, FsDevice, MemDevice, PmemDevice, PortDevice, RngDevice, VhostUserBlkDevice,
     VhostUserFsDevice,
 };
 use super::command_line::machine::{FileMemoryBackend, Mon, Numa, Object, Qmp};
 use super::command_line::values::Place;
+use super::drive::{DriveError, HostDrive};
+use super::inventory::{Inventory, StreamEntry};
 use crate::config::{
     BalloonConfig, BootConfig, Confinement, MachineConfig, MemoryBacking, MemoryConfig, PortConfig, RngConfig,
     SerialConfig, SlotConfig,
 };
 
+pub(super) use network::inherited;
 pub use streams::{Input, Sockets};
 
 /// Memory of a machine that asks for none, in MiB.
@@ -44,6 +47,12 @@ const DEFAULT_MEMORY_MIB: u32 = 256;
 const FS_QUEUE_SIZE: u16 = 1024;
 /// Entries of each other queue, unless the command line says how many.
 const QUEUE_SIZE: u16 = 256;
+/// Bytes of entropy of a second that a guest can be limited to, as StratoVirt has it.
+const ENTROPY_RATES: std::ops::RangeInclusive<u128> = 64..=1_000_000_000;
+const NANOSECONDS_PER_MILLISECOND: NonZeroU64 = match NonZeroU64::new(1_000_000) {
+    Some(count) => count,
+    None => NonZeroU64::MIN,
+};
 /// Threads for requests for a directory that wait for a disk.
 const FS_WORKERS: u16 = 4;
 
@@ -56,8 +65,10 @@ pub struct Launch {
     pub incoming: Option<PathBuf>,
     /// Where the console's input comes from.
     pub input: Option<Input>,
-    /// Where QMP clients come: each for a [`serve`](super::qmp::serve).
+    /// Where QMP clients come: each for [`Front::serve`](super::qmp::Front::serve).
     pub monitors: Vec<OwnedFd>,
+    /// What QMP clients may ask about.
+    pub inventory: Inventory,
     /// Whether the processors wait.
     pub freeze: bool,
     /// What to keep as long as the machine.
@@ -102,6 +113,9 @@ pub enum LaunchError {
         #[source]
         source: io::Error,
     },
+    /// A drive.
+    #[error(transparent)]
+    Drive(#[from] DriveError),
     /// A tap interface.
     #[error("Interface {id} cannot be used")]
     Tap {
@@ -177,7 +191,7 @@ impl Launch {
                 Device::VirtioBlkDevice(device) => machine.blk.push(backends.drive(device)?),
                 Device::VirtioNetDevice(device) => backends.interface(device, &mut machine)?,
                 Device::VirtioRngDevice(device) if machine.rng.is_none() => {
-                    machine.rng = Some(backends.entropy(&device.rng)?);
+                    machine.rng = Some(backends.entropy(&device)?);
                 }
                 Device::VirtioRngDevice(_) => return Err(conflict("A second virtio-rng-device", "a machine has one")),
                 Device::VirtioFsDevice(device) => machine.fs.push(shared_directory(device)),
@@ -211,7 +225,8 @@ impl Launch {
             return Err(conflict("A device of another process", "it needs -machine mem-share=on"));
         }
         let monitors = backends.monitors(&line.qmp, line.mon)?;
-        Ok(Self { machine, incoming, input, monitors, freeze, sockets: backends.sockets })
+        let (inventory, sockets) = backends.into_inventory();
+        Ok(Self { machine, incoming, input, monitors, inventory, freeze, sockets })
     }
 }
 
@@ -299,11 +314,18 @@ struct Backends {
     chardevs: Vec<Chardev>,
     objects: Vec<Object>,
     sockets: Sockets,
+    /// By device.
+    plugged: Vec<(String, HostDrive)>,
+    /// Sockets of processes that serve devices.
+    remote: Vec<StreamEntry>,
+    /// The device of memory that can be plugged.
+    memory: Option<String>,
 }
 
 impl Backends {
     fn new(drives: Vec<Drive>, netdevs: Vec<Netdev>, chardevs: Vec<Chardev>, objects: Vec<Object>) -> Self {
-        Self { drives, netdevs, chardevs, objects, sockets: Sockets::default() }
+        let (sockets, plugged, remote, memory) = Default::default();
+        Self { drives, netdevs, chardevs, objects, sockets, plugged, remote, memory }
     }
 
     /// The one port of the console device, which must be there before it.
@@ -317,7 +339,7 @@ impl Backends {
         }
         let index = self.chardevs.iter().position(|known| known.id() == Some(chardev.as_str()));
         let index = index.ok_or_else(|| missing("-chardev", &chardev))?;
-        let host = self.sockets.open(&self.chardevs.swap_remove(index))?;
+        let host = self.sockets.open(&self.chardevs.swap_remove(index), &id)?;
         bus.ports.push(PortConfig { number: 0, console, name: (!console).then_some(id), host });
         Ok(())
     }
@@ -326,31 +348,12 @@ impl Backends {
         let BlkDevice { id, drive, serial, num_queues, queue_size } = device;
         let missing = || LaunchError::Missing { user: format!("Device {id}"), option: "-drive", id: drive.clone() };
         let index = self.drives.iter().position(|known| known.id == drive).ok_or_else(missing)?;
-        let drive = self.drives.swap_remove(index);
-        let what = || format!("Drive {} with direct={}", drive.id, if drive.direct { "on" } else { "off" });
-        let engine = match (drive.direct, drive.engine()) {
-            (true, Aio::Off) => return Err(conflict(what(), "past the page cache there is no aio=off")),
-            (false, Aio::Native) => return Err(conflict(what(), "aio=native needs direct=on")),
-            (false, Aio::Off) => EngineKind::Inline,
-            (_, Aio::IoUring) => EngineKind::IoUring,
-            (_, Aio::Native | Aio::Threads) => EngineKind::Threads,
-        };
-        // A limit of 0 is none, as for QEMU.
-        let limit = |rate: Option<u64>| rate.and_then(NonZeroU64::new).map(BucketConfig::per_second);
-        let mut options = OpenOptions::new();
-        options.read(true).write(!drive.readonly).custom_flags(libc::O_CLOEXEC);
-        let file =
-            options.open(&drive.file).map_err(|source| LaunchError::File { path: drive.file.clone(), source })?;
-        Ok(BlkConfig {
-            read_only: drive.readonly,
-            serial: serial.unwrap_or_default(),
-            engine,
-            direct: drive.direct,
-            queues: num_queues.unwrap_or(1),
-            queue_size: queue_size.unwrap_or(QUEUE_SIZE),
-            limits: RateLimits { ops: limit(drive.iops), bytes: limit(drive.bps) },
-            ..BlkConfig::new(id, file)
-        })
+        let drive = HostDrive::open(self.drives.swap_remove(index))?;
+        let mut config = drive.device(id.clone(), serial)?;
+        config.queues = num_queues.unwrap_or(1);
+        config.queue_size = queue_size.unwrap_or(QUEUE_SIZE);
+        self.plugged.push((id, drive));
+        Ok(config)
     }
 
     /// The socket of a process that serves a device.
@@ -360,7 +363,11 @@ impl Backends {
         let index = self.chardevs.iter().position(|known| known.id() == Some(id)).ok_or_else(missing)?;
         // `server` is in command lines that were written for StratoVirt, which connects all the same.
         match self.chardevs.swap_remove(index) {
-            Chardev::Socket(SocketStream { path: Some(path), host: None, port: None, .. }) => Ok(path),
+            Chardev::Socket(SocketStream { path: Some(path), host: None, port: None, .. }) => {
+                let filename = format!("unix:{}", path.display());
+                self.remote.push(StreamEntry { label: id.to_owned(), filename });
+                Ok(path)
+            }
             _ => Err(missing()),
         }
     }
@@ -398,7 +405,7 @@ impl Backends {
                 self.chardevs.swap_remove(index.ok_or_else(missing)?)
             }
         };
-        streams::serial(self.sockets.open(&chardev)?)
+        streams::serial(self.sockets.open(&chardev, "serial0")?)
     }
 
     /// The sockets of QMP.
@@ -414,7 +421,7 @@ impl Backends {
             let index = self.chardevs.iter().position(|known| known.id() == Some(chardev.as_str()));
             let missing =
                 || LaunchError::Missing { user: "-mon".into(), option: "-chardev socket", id: chardev.clone() };
-            match self.sockets.open(&self.chardevs.swap_remove(index.ok_or_else(missing)?))? {
+            match self.sockets.open(&self.chardevs.swap_remove(index.ok_or_else(missing)?), &chardev)? {
                 PortEnd::Listener(listener) => listeners.push(listener),
                 _ => return Err(missing()),
             }
@@ -422,8 +429,19 @@ impl Backends {
         Ok(listeners)
     }
 
+    /// What is left to tell, when everything has been taken.
+    fn into_inventory(self) -> (Inventory, Sockets) {
+        let Self { objects, mut sockets, plugged, remote, memory, .. } = self;
+        let streams = sockets.take_streams().into_iter().chain(remote).collect();
+        let iothreads = objects.into_iter().filter_map(|object| match object {
+            Object::Iothread(thread) => Some(thread.id),
+            _ => None,
+        });
+        (Inventory { drives: plugged, streams, memory, iothreads: iothreads.collect() }, sockets)
+    }
+
     /// Memory to be plugged, as much as its backend has.
-    fn pluggable(&self, device: &MemDevice) -> Result<MemConfig, LaunchError> {
+    fn pluggable(&mut self, device: &MemDevice) -> Result<MemConfig, LaunchError> {
         let MemDevice { id, memdev, requested_size, block_size } = device;
         let found = self.objects.iter().find_map(|object| match object {
             Object::MemoryBackendRam(backend) if backend.id == *memdev => Some(backend.size),
@@ -431,6 +449,7 @@ impl Backends {
         });
         let option = "-object memory-backend-ram";
         let missing = || LaunchError::Missing { user: format!("Device {id}"), option, id: memdev.clone() };
+        self.memory = Some(id.clone());
         Ok(MemConfig {
             size: found.ok_or_else(missing)?.0,
             block_size: block_size.map_or(MIN_BLOCK_SIZE, |size| size.0),
@@ -448,25 +467,43 @@ impl Backends {
         Ok(PmemConfig { id, file: file.map_err(|source| LaunchError::File { path, source })?, read_only })
     }
 
-    fn entropy(&self, id: &str) -> Result<RngConfig, LaunchError> {
+    fn entropy(&self, device: &RngDevice) -> Result<RngConfig, LaunchError> {
+        let RngDevice { rng: id, max_bytes, period, .. } = device;
         let found = self.objects.iter().find_map(|object| match object {
-            Object::RngRandom(rng) if rng.id == id => Some(rng),
+            Object::RngRandom(rng) if rng.id == *id => Some(rng),
             _ => None,
         });
-        let missing =
-            || LaunchError::Missing { user: "virtio-rng-device".into(), option: "-object rng-random", id: id.into() };
+        let option = "-object rng-random";
+        let missing = || LaunchError::Missing { user: "virtio-rng-device".into(), option, id: id.clone() };
+        let bytes = entropy_limit(*max_bytes, *period)?;
         match found.ok_or_else(missing)?.filename.to_str() {
-            Some("/dev/urandom" | "/dev/random") => Ok(RngConfig::default()),
+            Some("/dev/urandom" | "/dev/random") => Ok(RngConfig { limits: RateLimits { ops: None, bytes } }),
             _ => Err(conflict(format!("Entropy {id}"), "it comes from /dev/urandom or /dev/random")),
         }
     }
+}
+
+/// `max-bytes` in each `period` of so many milliseconds.
+fn entropy_limit(max_bytes: Option<u64>, period: Option<u64>) -> Result<Option<BucketConfig>, LaunchError> {
+    let conflict = |why| conflict("Limit of a virtio-rng-device", why);
+    let Some(bytes) = max_bytes else { return Ok(None) };
+    let period = period.and_then(NonZeroU64::new).ok_or_else(|| conflict("max-bytes needs a period"))?;
+    let rate = u128::from(bytes) * 1000 / u128::from(period.get());
+    if !ENTROPY_RATES.contains(&rate) {
+        return Err(conflict("it is 64 to 1,000,000,000 bytes of a second"));
+    }
+    let size = NonZeroU64::new(bytes).ok_or_else(|| conflict("no byte is no entropy"))?;
+    let refill_ns =
+        period.checked_mul(NANOSECONDS_PER_MILLISECOND).ok_or_else(|| conflict("its period is too long"))?;
+    Ok(Some(BucketConfig { size, one_time_burst: 0, refill_ns }))
 }
 
 fn balloon(device: &BalloonDevice) -> BalloonConfig {
     BalloonConfig {
         target: 0,
         deflate_on_oom: device.deflate_on_oom,
-        free_page_reporting: device.free_page_reporting,
+        // What the monitor of StratoVirt's auto-balloon is for: the host gets back what the guest does not use.
+        free_page_reporting: device.free_page_reporting || device.auto_balloon,
         stats_interval: None,
     }
 }

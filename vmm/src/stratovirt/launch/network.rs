@@ -97,7 +97,7 @@ fn open_vhost(kind: VhostKind, user: &str, fd: Option<RawFd>) -> Result<KernelVh
 }
 
 /// Takes over a descriptor for `user` that the caller of this program left open.
-fn inherited(user: &str, fd: RawFd) -> Result<OwnedFd, LaunchError> {
+pub fn inherited(user: &str, fd: RawFd) -> Result<OwnedFd, LaunchError> {
     let conflict = |why| conflict(format!("Descriptor {fd} of {user}"), why);
     // SAFETY: F_GETFD takes and changes nothing; a number that is no descriptor is an error.
     let flags = unsafe { libc::fcntl(fd, libc::F_GETFD) };

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use devices::virtio::console::{self, PortEnd};
 
-use super::LaunchError;
+use super::{LaunchError, StreamEntry};
 use crate::config::SerialConfig;
 use crate::stratovirt::command_line::backend::{Chardev, SocketStream};
 use crate::stratovirt::command_line::values::Place;
@@ -35,13 +35,16 @@ pub enum Input {
     },
 }
 
-/// Sockets in the file system, removed with this value.
+/// Sockets in the file system, removed with this value, and what was opened beside them.
 #[derive(Debug, Default)]
-pub struct Sockets(Vec<PathBuf>);
+pub struct Sockets {
+    paths: Vec<PathBuf>,
+    streams: Vec<StreamEntry>,
+}
 
 impl Drop for Sockets {
     fn drop(&mut self) {
-        for path in &self.0 {
+        for path in &self.paths {
             // Gone already, or not ours to remove any more.
             let _ = std::fs::remove_file(path);
         }
@@ -56,7 +59,7 @@ impl Sockets {
             Place::Unix(path) => {
                 remove_abandoned(path).map_err(failed)?;
                 let listener = UnixListener::bind(path).map_err(failed)?;
-                self.0.push(path.clone());
+                self.paths.push(path.clone());
                 Ok(listener.into())
             }
             Place::Tcp(address) => TcpListener::bind(address).map(OwnedFd::from).map_err(failed),
@@ -64,35 +67,54 @@ impl Sockets {
         }
     }
 
-    /// Opens the stream of `chardev`. The name of a new pseudo-terminal goes to standard output and the log.
-    pub fn open(&mut self, chardev: &Chardev) -> Result<PortEnd, LaunchError> {
-        match chardev {
-            Chardev::Null(_) => Ok(PortEnd::Streams { input: None, output: None }),
+    /// What was opened, in that order.
+    pub fn take_streams(&mut self) -> Vec<StreamEntry> {
+        std::mem::take(&mut self.streams)
+    }
+
+    /// Opens the stream of `chardev`, which without a name of its own is called `label`. The name of a new pseudo-terminal goes
+    /// to standard output and the log.
+    pub fn open(&mut self, chardev: &Chardev, label: &str) -> Result<PortEnd, LaunchError> {
+        let (end, filename) = self.open_end(chardev)?;
+        let label = chardev.id().unwrap_or(label).to_owned();
+        self.streams.push(StreamEntry { label, filename });
+        Ok(end)
+    }
+
+    /// The stream, and what it is in QEMU's words.
+    fn open_end(&mut self, chardev: &Chardev) -> Result<(PortEnd, String), LaunchError> {
+        Ok(match chardev {
+            Chardev::Null(_) => (PortEnd::Streams { input: None, output: None }, "null".into()),
             Chardev::Stdio(_) => {
                 let clone = |fd: &dyn AsFd| fd.as_fd().try_clone_to_owned().map(File::from).map_err(LaunchError::Stdio);
-                Ok(PortEnd::Streams { input: Some(clone(&io::stdin())?), output: Some(clone(&io::stdout())?) })
+                let (input, output) = (Some(clone(&io::stdin())?), Some(clone(&io::stdout())?));
+                (PortEnd::Streams { input, output }, "stdio".into())
             }
             Chardev::Pty(_) => {
                 let (end, path) = console::pty().map_err(LaunchError::Stream)?;
                 println!("char device redirected to {}", path.display());
                 tracing::info!(terminal = %path.display(), "A stream is a pseudo-terminal");
-                Ok(end)
+                (end, format!("pty:{}", path.display()))
             }
             Chardev::File(file) => {
                 let path = &file.path;
                 let file = File::create(path).map_err(|source| LaunchError::File { path: path.clone(), source })?;
-                Ok(PortEnd::Streams { input: None, output: Some(file) })
+                (PortEnd::Streams { input: None, output: Some(file) }, format!("file:{}", path.display()))
             }
-            Chardev::Socket(socket) => self.open_socket(socket),
-        }
+            Chardev::Socket(socket) => self.open_socket(socket)?,
+        })
     }
 
-    fn open_socket(&mut self, socket: &SocketStream) -> Result<PortEnd, LaunchError> {
+    fn open_socket(&mut self, socket: &SocketStream) -> Result<(PortEnd, String), LaunchError> {
         let place = socket.place().ok_or(LaunchError::SocketPlace)?;
         if !socket.server || !socket.nowait {
             return Err(LaunchError::NotServer);
         }
-        self.listen(&place).map(PortEnd::Listener)
+        let filename = match &place {
+            Place::Unix(path) | Place::File(path) => format!("unix:{},server", path.display()),
+            Place::Tcp(address) => format!("tcp:{address},server"),
+        };
+        Ok((PortEnd::Listener(self.listen(&place)?), filename))
     }
 }
 

@@ -2,8 +2,11 @@
 
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
+use std::path::PathBuf;
 
 use serde::Deserialize;
+
+use crate::stratovirt::command_line::backend::{Aio, Drive};
 
 /// For commands that take none.
 #[derive(Debug, Default, Deserialize)]
@@ -28,20 +31,33 @@ pub struct BlockdevAdd {
     pub driver: Option<String>,
     /// Where the data is.
     pub file: BlockdevFile,
-    /// How the host caches it: a hint.
-    #[serde(rename = "cache")]
-    _cache: Option<BlockdevCache>,
+    /// Whether the host's page cache is left out.
+    #[serde(default)]
+    pub cache: BlockdevCache,
     /// Whether the guest may only read.
     #[serde(default)]
     pub read_only: bool,
     /// Requests per second.
+    #[serde(rename = "throttling.iops-total", alias = "iops")]
     pub iops: Option<u64>,
-    /// A hint.
-    #[serde(rename = "discard")]
-    _discard: Option<String>,
-    /// A hint.
-    #[serde(rename = "detect-zeroes")]
-    _detect_zeroes: Option<String>,
+    /// Bytes per second.
+    #[serde(rename = "throttling.bps-total", alias = "bps")]
+    pub bps: Option<u64>,
+    /// An image behind this one, which a raw one cannot have.
+    pub backing: Option<String>,
+}
+
+impl BlockdevAdd {
+    /// What clients may say that changes nothing: a guest may always discard, zeroes are written as zeroes, and caches of other
+    /// formats are not there.
+    pub const WITHOUT_EFFECT: &[&str] =
+        &["id", "options", "discard", "detect-zeroes", "l2-cache-size", "refcount-cache-size", "auto-read-only"];
+
+    /// As the command line would have said it.
+    pub fn into_drive(self) -> Drive {
+        let Self { node_name: id, file, cache, read_only: readonly, iops, bps, .. } = self;
+        Drive { id, file: file.filename, readonly, direct: cache.direct, aio: file.aio, iops, bps }
+    }
 }
 
 /// The file of a block device.
@@ -52,10 +68,9 @@ pub struct BlockdevFile {
     #[serde(rename = "driver")]
     _driver: BlockdevFileDriver,
     /// Its path.
-    pub filename: String,
-    /// How requests are carried out: a hint.
-    #[serde(rename = "aio")]
-    _aio: Option<Aio>,
+    pub filename: PathBuf,
+    /// How requests are carried out.
+    pub aio: Option<Aio>,
 }
 
 #[derive(Debug, Clone, Copy, Deserialize)]
@@ -65,20 +80,13 @@ enum BlockdevFileDriver {
     HostDevice,
 }
 
-#[derive(Debug, Clone, Copy, Deserialize)]
-#[serde(rename_all = "snake_case")]
-enum Aio {
-    Off,
-    Native,
-    IoUring,
-    Threads,
-}
-
-#[derive(Debug, Clone, Copy, Deserialize)]
+/// The host's cache of a block device.
+#[derive(Debug, Clone, Copy, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct BlockdevCache {
-    #[serde(rename = "direct")]
-    _direct: Option<bool>,
+pub struct BlockdevCache {
+    /// Whether it is left out.
+    pub direct: Option<bool>,
+    /// That flushes may be left out, which they never are.
     #[serde(rename = "no-flush")]
     _no_flush: Option<bool>,
 }
@@ -102,13 +110,10 @@ pub struct NetdevAdd {
     pub kind: Option<String>,
     /// Name of a tap interface.
     pub ifname: Option<String>,
-    /// Name of a descriptor that came by `getfd`.
+    /// Name of a descriptor that came by `getfd`, or the number of one that the process inherited.
     pub fd: Option<String>,
-    /// Names of descriptors that came by `getfd`, with colons between, one for each pair of queues.
+    /// Such descriptors with colons between them.
     pub fds: Option<String>,
-    /// Whether the kernel moves the frames.
-    #[serde(default)]
-    pub vhost: bool,
     /// Name of a descriptor of `/dev/vhost-net`.
     pub vhostfd: Option<String>,
     /// Names of such descriptors.
@@ -119,7 +124,12 @@ pub struct NetdevAdd {
     pub chardev: Option<String>,
 }
 
-/// `device_add`, for any driver. What says nothing here is accepted from clients that speak to QEMU too.
+impl NetdevAdd {
+    /// What clients may say that changes nothing. StratoVirt's replaceable interfaces are not served by vhost either.
+    pub const WITHOUT_EFFECT: &[&str] = &["vhost", "dnssearch", "script", "downscript"];
+}
+
+/// `device_add`, for any driver.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DeviceAdd {
@@ -127,8 +137,8 @@ pub struct DeviceAdd {
     pub id: String,
     /// The kind of device.
     pub driver: String,
-    /// The slot: a number, decimal or after `0x`.
-    pub addr: Option<String>,
+    /// The slot.
+    pub addr: Option<Address>,
     /// The slot is the next one.
     pub lun: Option<usize>,
     /// The node of a block device; `id` where it is left out.
@@ -141,19 +151,41 @@ pub struct DeviceAdd {
     pub serial: Option<String>,
     /// The address of a network device.
     pub mac: Option<Mac>,
-    /// Queues of a block device. A slot has the queues that it had when the machine started.
-    #[serde(rename = "num-queues")]
-    pub num_queues: Option<u16>,
-    #[serde(rename = "bus")]
-    _bus: Option<String>,
-    #[serde(rename = "romfile")]
-    _romfile: Option<String>,
-    #[serde(rename = "share-rw")]
-    _share_rw: Option<bool>,
-    #[serde(rename = "iothread")]
-    _iothread: Option<String>,
-    #[serde(rename = "bootindex")]
-    _bootindex: Option<u32>,
+}
+
+impl DeviceAdd {
+    /// What clients may say that changes nothing: they speak to QEMU too, and queues and block size of a slot are those that the
+    /// guest's driver has found when it started.
+    pub const WITHOUT_EFFECT: &[&str] = &[
+        "bus",
+        "multifunction",
+        "romfile",
+        "share-rw",
+        "iothread",
+        "bootindex",
+        "boot_index",
+        "disable-modern",
+        "disable-legacy",
+        "mq",
+        "vectors",
+        "host",
+        "scsi",
+        "write-cache",
+        "num-queues",
+        "queue-size",
+        "logical_block_size",
+        "physical_block_size",
+    ];
+}
+
+/// The number of a slot, decimal or after `0x`; as text, or as JSON has numbers.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(untagged)]
+pub enum Address {
+    /// A number.
+    Number(usize),
+    /// As StratoVirt wants it.
+    Text(String),
 }
 
 /// `device_del`, `chardev-remove`, `netdev_del`
@@ -170,6 +202,50 @@ pub struct ById {
 pub struct Balloon {
     /// Bytes of memory that the guest is left with.
     pub value: u64,
+}
+
+/// `set-viomem`
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SetViomem {
+    /// Name of the device, of which there is one.
+    pub id: Option<String>,
+    /// Bytes that the guest is to have of it.
+    #[serde(rename = "requested-size", alias = "size", alias = "value")]
+    pub requested_size: u64,
+}
+
+/// `get-viomem`
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GetViomem {
+    /// Name of the device, of which there is one.
+    pub id: Option<String>,
+}
+
+/// `query-mem-gpa`
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct QueryMemGpa {
+    /// A guest physical address in hexadecimal digits.
+    pub gpa: String,
+}
+
+/// `query-command-line-options`
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct QueryCommandLineOptions {
+    /// The one option that is asked for.
+    pub option: Option<String>,
+}
+
+/// `device-list-properties`
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceListProperties {
+    /// The kind of device.
+    #[serde(default)]
+    pub typename: String,
 }
 
 /// `migrate`. There is nothing that `detach` could change: the reply comes when the snapshot is written.
@@ -259,10 +335,8 @@ mod tests {
         let text = r#"{"driver":"raw","read-only":false,"file":{"driver":"host_device","filename":"/dev/x","aio":"native"},
             "node-name":"drive-1"}"#;
         let arguments: BlockdevAdd = serde_json::from_str(text).expect("arguments");
-        assert_eq!(arguments.node_name, "drive-1");
-        assert_eq!(arguments.file.filename, "/dev/x");
-        let text = r#"{"id":"drive-1","driver":"virtio-blk-mmio","drive":"drive-1","addr":"1","romfile":""}"#;
-        let arguments: DeviceAdd = serde_json::from_str(text).expect("arguments");
-        assert_eq!(arguments.addr.as_deref().and_then(number), Some(1));
+        let drive = arguments.into_drive();
+        assert_eq!((drive.id.as_str(), drive.file.to_str()), ("drive-1", Some("/dev/x")));
+        assert_eq!((drive.direct, drive.aio, drive.readonly), (None, Some(Aio::Native), false));
     }
 }

@@ -4,11 +4,11 @@
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use super::arguments::Nothing;
+use super::arguments::{BlockdevAdd, DeviceAdd, NetdevAdd, Nothing};
 use super::connection::Connection;
 use super::error::CommandError;
 use super::monitor::Monitor;
-use super::queries;
+use super::{block, queries, types};
 
 /// What a command returns.
 pub type Answer = Result<Value, CommandError>;
@@ -20,7 +20,7 @@ pub enum Standing {
     Compatible,
     /// More than there.
     Extended,
-    /// An answer without content, for clients that want one.
+    /// An answer without content, there as here, for clients that want one.
     Empty,
     /// Refused, there as here.
     Refused,
@@ -84,6 +84,15 @@ fn read<A: DeserializeOwned>(arguments: Option<Value>) -> Result<A, CommandError
     serde_json::from_value(arguments).map_err(CommandError::Arguments)
 }
 
+/// Reads arguments, without those that change nothing.
+fn read_without<A: DeserializeOwned>(arguments: Option<Value>, ignored: &[&str]) -> Result<A, CommandError> {
+    let mut arguments = arguments.unwrap_or_else(|| json!({}));
+    if let Some(arguments) = arguments.as_object_mut() {
+        arguments.retain(|name, _| !ignored.contains(&name.as_str()));
+    }
+    serde_json::from_value(arguments).map_err(CommandError::Arguments)
+}
+
 fn none(arguments: Option<Value>) -> Result<(), CommandError> {
     read::<Nothing>(arguments).map(|Nothing {}| ())
 }
@@ -126,7 +135,15 @@ pub const COMMANDS: &[Command] = &[
         none(arguments)?;
         monitor.system_reset()
     }),
-    Command::refused("system_powerdown", "The machine has no power button."),
+    Command::new(
+        "system_powerdown",
+        Compatible,
+        "Ends the machine, with a POWERDOWN event: its guest has no power button.",
+        |monitor, _, arguments| {
+            none(arguments)?;
+            monitor.system_powerdown()
+        },
+    ),
     Command::new("query-status", Compatible, "Whether the processors run.", |monitor, _, arguments| {
         none(arguments)?;
         Ok(monitor.query_status())
@@ -143,30 +160,38 @@ pub const COMMANDS: &[Command] = &[
     Command::new("balloon", Compatible, "Asks the guest to keep so many bytes.", |monitor, _, arguments| {
         monitor.balloon(read(arguments)?)
     }),
-    Command::new("query-balloon", Compatible, "How many bytes the guest has kept.", |monitor, _, arguments| {
-        none(arguments)?;
+    Command::new("query-balloon", Compatible, "How many bytes the guest has kept.", |monitor, _, _| {
         monitor.query_balloon()
     }),
-    Command::refused("query-mem", "The memory of a microvm machine does not change."),
-    Command::refused("query-mem-gpa", "The memory of the guest is not shown."),
-    Command::refused("set-viomem", "The size of a virtio-mem device is not set over QMP."),
-    Command::refused("get-viomem", "The size of a virtio-mem device is not told over QMP."),
+    Command::new(
+        "set-viomem",
+        Compatible,
+        "Asks the guest to have so many bytes of its virtio-mem device.",
+        |monitor, _, arguments| monitor.set_viomem(read(arguments)?),
+    ),
+    Command::new("get-viomem", Compatible, "What the guest has of its virtio-mem device.", |monitor, _, arguments| {
+        monitor.get_viomem(read(arguments)?)
+    }),
+    Command::empty("query-mem", object),
+    Command::new("query-mem-gpa", Extended, "The four bytes at a guest physical address.", |monitor, _, arguments| {
+        monitor.query_mem_gpa(read(arguments)?)
+    }),
     Command::refused("query-vcpu-reg", "The registers of an x86 processor have no numbers to ask for."),
     // Devices.
     Command::new("blockdev-add", Extended, "Opens a drive for device_add.", |monitor, _, arguments| {
-        monitor.blockdev_add(read(arguments)?)
+        monitor.blockdev_add(read_without(arguments, BlockdevAdd::WITHOUT_EFFECT)?)
     }),
     Command::new("blockdev-del", Extended, "Closes a drive that is not plugged.", |monitor, _, arguments| {
         monitor.blockdev_del(read(arguments)?)
     }),
-    Command::new("netdev_add", Extended, "Opens a tap interface for device_add.", |monitor, _, arguments| {
-        monitor.netdev_add(read(arguments)?)
+    Command::new("netdev_add", Compatible, "Opens a tap interface for device_add.", |monitor, _, arguments| {
+        monitor.netdev_add(read_without(arguments, NetdevAdd::WITHOUT_EFFECT)?)
     }),
     Command::new("netdev_del", Extended, "Closes an interface that is not plugged.", |monitor, _, arguments| {
         monitor.netdev_del(read(arguments)?)
     }),
-    Command::new("device_add", Extended, "Plugs a drive or an interface into a slot.", |monitor, _, arguments| {
-        monitor.device_add(read(arguments)?)
+    Command::new("device_add", Compatible, "Plugs a drive or an interface into a slot.", |monitor, _, arguments| {
+        monitor.device_add(read_without(arguments, DeviceAdd::WITHOUT_EFFECT)?)
     }),
     Command::new("device_del", Compatible, "Takes a device out of its slot and closes it.", |monitor, _, arguments| {
         monitor.device_del(read(arguments)?)
@@ -174,48 +199,62 @@ pub const COMMANDS: &[Command] = &[
     Command::new("getfd", Compatible, "Names the file descriptor that came with it.", |monitor, client, arguments| {
         monitor.getfd(client, read(arguments)?)
     }),
+    Command::new("query-block", Extended, "The plugged drives.", |monitor, _, _| Ok(block::devices(&monitor.front))),
+    Command::new("query-named-block-nodes", Extended, "The drives, plugged or not.", |monitor, _, _| {
+        Ok(block::nodes(&monitor.front))
+    }),
+    Command::new("query-blockstats", Extended, "What guests have done with the drives.", |monitor, _, _| {
+        Ok(block::statistics(&monitor.front))
+    }),
+    Command::empty("query-block-jobs", objects),
+    Command::empty("block-commit", object),
+    Command::new("query-chardev", Extended, "The streams of the command line.", |monitor, _, _| {
+        Ok(queries::chardevs(&monitor.front))
+    }),
+    Command::new("query-iothreads", Compatible, "The event loop, by each iothread's name.", |monitor, _, _| {
+        Ok(queries::iothreads(&monitor.front))
+    }),
+    // Snapshots.
+    Command::new("migrate", Compatible, "Stops the machine and saves it to a directory.", |monitor, _, arguments| {
+        monitor.migrate(read(arguments)?)
+    }),
+    Command::new("query-migrate", Compatible, "How the last snapshot went.", |monitor, _, _| {
+        Ok(json!({"status": monitor.front.migration()}))
+    }),
+    Command::empty("migrate_cancel", object),
+    Command::empty("query-migrate-capabilities", objects),
+    // What libvirt asks.
+    Command::constant("query-target", Compatible, "The processors' architecture.", queries::target),
+    Command::constant("query-kvm", Compatible, "That KVM is there.", queries::kvm),
+    Command::constant("query-machines", Compatible, "The machine type.", queries::machines),
+    Command::constant("qom-list-types", Compatible, "The kinds of devices and objects.", types::list),
+    Command::new("device-list-properties", Extended, "The properties of a kind of device.", |_, _, arguments| {
+        Ok(types::properties(&read(arguments)?))
+    }),
+    Command::new(
+        "query-command-line-options",
+        Extended,
+        "The options of the command line that are lists, and their properties.",
+        |_, _, arguments| Ok(types::options(&read(arguments)?)),
+    ),
+    Command::empty("query-qmp-schema", object),
+    Command::empty("query-gic-capabilities", objects),
+    Command::empty("query-sev-capabilities", object),
+    Command::empty("query-tpm-models", objects),
+    Command::empty("query-tpm-types", objects),
+    Command::empty("qom-list", objects),
+    Command::empty("qom-get", objects),
+    Command::empty("trace-get-state", objects),
+    Command::empty("input_event", object),
+    // Not for a microvm machine.
     Command::refused("chardev-add", "Character devices cannot be added to a machine that runs."),
     Command::refused("chardev-remove", "Character devices cannot be removed from a machine that runs."),
-    Command::refused("block-commit", "A raw drive has nothing below it to commit to."),
     Command::refused("cameradev_add", "The machine has no cameras."),
     Command::refused("cameradev_del", "The machine has no cameras."),
     Command::refused("netdev_replace", "A network device is replaced by device_del and device_add."),
     Command::refused("blockdev-snapshot-internal-sync", "A raw drive has no snapshots."),
     Command::refused("blockdev-snapshot-delete-internal-sync", "A raw drive has no snapshots."),
-    // Snapshots.
-    Command::new("migrate", Compatible, "Stops the machine and saves it to a directory.", |monitor, _, arguments| {
-        monitor.migrate(read(arguments)?)
-    }),
-    Command::new("query-migrate", Compatible, "How the last snapshot went.", |monitor, _, arguments| {
-        none(arguments)?;
-        Ok(json!({"status": monitor.migration()}))
-    }),
-    Command::empty("migrate_cancel", object),
-    // What libvirt asks.
-    Command::empty("query-chardev", objects),
-    Command::empty("query-block", objects),
-    Command::empty("query-named-block-nodes", objects),
-    Command::empty("query-blockstats", objects),
-    Command::empty("query-block-jobs", objects),
-    Command::empty("query-iothreads", objects),
-    Command::empty("query-gic-capabilities", objects),
-    Command::empty("query-tpm-models", objects),
-    Command::empty("query-tpm-types", objects),
-    Command::empty("query-command-line-options", objects),
-    Command::empty("query-migrate-capabilities", objects),
-    Command::empty("query-qmp-schema", objects),
-    Command::empty("query-sev-capabilities", object),
-    Command::empty("qom-list", objects),
-    Command::empty("qom-get", object),
-    Command::empty("device-list-properties", objects),
-    Command::empty("trace-get-state", objects),
-    Command::constant("query-target", Compatible, "The processors' architecture.", queries::target),
-    Command::constant("query-kvm", Compatible, "That KVM is there.", queries::kvm),
-    Command::constant("query-machines", Compatible, "The machine type.", queries::machines),
-    Command::constant("qom-list-types", Compatible, "The kinds of devices.", queries::types),
-    // Not for a microvm machine.
     Command::refused("trace-set-state", "There are no trace points to switch."),
-    Command::refused("input_event", "The machine has no input devices."),
     Command::refused("update_region", "The machine has no test device."),
     Command::refused("query-vnc", "The machine has no display."),
     Command::refused("query-display-image", "The machine has no display."),

@@ -10,16 +10,16 @@ use super::rate::MAX_REQUESTS_PER_SECOND;
 use crate::hotplug::HotplugError;
 use crate::machine::StateError;
 use crate::snapshot::SnapshotError;
+use crate::stratovirt::drive::DriveError;
 use devices::virtio::balloon::BalloonError;
+use devices::virtio::mem::MemError;
 use devices::virtio::net::TapError;
 
-/// The classes that StratoVirt's clients know and that apply here.
+/// The classes that StratoVirt's clients know and that apply here. What StratoVirt does not know is a `GenericError` to it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub enum ErrorClass {
     /// Anything else.
     GenericError,
-    /// There is no such command.
-    CommandNotFound,
     /// The device exists, but not in this machine.
     DeviceNotActive,
     /// Too many requests.
@@ -74,6 +74,12 @@ pub enum CommandError {
     /// A device could not be plugged or unplugged.
     #[error(transparent)]
     Hotplug(#[from] HotplugError),
+    /// A drive cannot be used.
+    #[error(transparent)]
+    Drive(#[from] DriveError),
+    /// The memory that can be plugged does not do it.
+    #[error(transparent)]
+    Memory(#[from] MemError),
 }
 
 impl CommandError {
@@ -85,7 +91,6 @@ impl CommandError {
     /// The class, for programs.
     pub fn class(&self) -> ErrorClass {
         match self {
-            Self::Unknown(_) => ErrorClass::CommandNotFound,
             Self::Throttled => ErrorClass::OperationThrottled,
             Self::NotActive(_) => ErrorClass::DeviceNotActive,
             _ => ErrorClass::GenericError,

@@ -30,6 +30,8 @@ pub enum Event {
         /// Whether the guest wanted it.
         guest: bool,
     },
+    /// The machine was told to end.
+    Powerdown {},
     /// The processors were stopped.
     Stop {},
     /// The processors run again.
@@ -145,6 +147,7 @@ mod tests {
         for (event, name, data) in [
             (Event::Stop {}, "STOP", json!({})),
             (Event::Resume {}, "RESUME", json!({})),
+            (Event::Powerdown {}, "POWERDOWN", json!({})),
             (Event::Reset { guest: true }, "RESET", json!({"guest": true})),
             (
                 Event::Shutdown { guest: false, reason: "host-qmp-quit" },

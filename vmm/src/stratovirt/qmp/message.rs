@@ -93,6 +93,6 @@ mod tests {
         assert_eq!(text(&Reply::new(Ok(json!({})), None)), r#"{"return":{}}"#);
         assert_eq!(text(&Reply::new(Ok(json!([])), Some(json!("a\"b")))), r#"{"return":[],"id":"a\"b"}"#);
         let error = Reply::new(Err(CommandError::Unknown("fly".into())), Some(json!(7)));
-        assert_eq!(text(&error), r#"{"error":{"class":"CommandNotFound","desc":"There is no command fly"},"id":7}"#);
+        assert_eq!(text(&error), r#"{"error":{"class":"GenericError","desc":"There is no command fly"},"id":7}"#);
     }
 }

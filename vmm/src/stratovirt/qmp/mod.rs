@@ -3,7 +3,7 @@
 //! ```text
 //!   socket ── connection ── framing ──▶ Request ──▶ commands ──▶ monitor, backends, queries ──▶ Machine
 //!     ▲           (bytes, descriptors)               (table)          │
-//!     └────────────────── Reply, events before it ◀───────────────────┘
+//!     └────────────────── Reply, then its events ◀───────────────────┘
 //! ```
 //!
 //! One thread serves a socket, one client at a time. A client is not trusted to be sensible: requests, descriptors, names and
@@ -11,15 +11,20 @@
 
 mod arguments;
 mod backends;
+mod block;
 pub mod commands;
 mod connection;
 mod error;
 mod event;
 mod framing;
+mod front;
+mod memory;
 mod message;
 mod monitor;
 mod queries;
 mod rate;
 mod server;
+mod types;
 
-pub use server::{QmpServer, serve};
+pub use front::Front;
+pub use server::QmpServer;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, MutexGuard};
 
 use devices::virtio::balloon::BalloonHandle;
 use serde_json::{Value, json};
@@ -14,38 +14,40 @@ use super::commands::Answer;
 use super::connection::Connection;
 use super::error::CommandError;
 use super::event::{Event, EventQueue};
+use super::front::Front;
 use crate::machine::{Machine, RunState};
 
 /// Descriptors that `getfd` has named and nothing has used: two queues of each network slot, many times over.
 pub const MAX_NAMED_FILES: usize = 64;
 
-/// The machine as its operator sees it.
+/// The machine as the operators of one socket see it.
 pub struct Monitor {
-    machine: Arc<Machine>,
+    pub(super) front: Front,
     balloon: Option<BalloonHandle>,
     events: Arc<EventQueue>,
     pub(super) files: BTreeMap<String, OwnedFd>,
-    pub(super) backends: Backends,
-    /// How the last snapshot went, in QEMU's words.
-    migration: &'static str,
-    quitting: bool,
+    /// Why the machine is to end, in QEMU's words.
+    ending: Option<&'static str>,
 }
 
 impl Monitor {
-    /// A monitor of `machine` that tells `events`.
-    pub fn new(machine: Arc<Machine>, events: Arc<EventQueue>) -> Self {
-        let (files, backends) = (BTreeMap::new(), Backends::default());
-        Self { balloon: machine.balloon(), machine, events, files, backends, migration: "none", quitting: false }
+    /// A monitor of `front` that tells `events`.
+    pub fn new(front: Front, events: Arc<EventQueue>) -> Self {
+        Self { balloon: front.machine().balloon(), front, events, files: BTreeMap::new(), ending: None }
     }
 
     /// The machine.
     pub fn machine(&self) -> &Machine {
-        &self.machine
+        self.front.machine()
     }
 
-    /// Whether the client asked for the end.
-    pub fn is_quitting(&self) -> bool {
-        self.quitting
+    pub(super) fn backends(&self) -> MutexGuard<'_, Backends> {
+        self.front.backends()
+    }
+
+    /// Why the client asked for the end, if it did.
+    pub fn ending(&self) -> Option<&'static str> {
+        self.ending
     }
 
     pub(super) fn tell(&self, event: Event) {
@@ -53,8 +55,8 @@ impl Monitor {
     }
 
     pub(super) fn stop(&mut self) -> Answer {
-        match self.machine.state() {
-            RunState::Running => self.machine.pause()?,
+        match self.machine().state() {
+            RunState::Running => self.machine().pause()?,
             RunState::Held => return Err(CommandError::refused("The machine is stopped already")),
             RunState::Ended => return Err(ended()),
         }
@@ -63,8 +65,8 @@ impl Monitor {
     }
 
     pub(super) fn cont(&mut self) -> Answer {
-        match self.machine.state() {
-            RunState::Held => self.machine.resume()?,
+        match self.machine().state() {
+            RunState::Held => self.machine().resume()?,
             RunState::Running => return Err(CommandError::refused("The machine is running already")),
             RunState::Ended => return Err(ended()),
         }
@@ -73,14 +75,21 @@ impl Monitor {
     }
 
     pub(super) fn quit(&mut self) -> Answer {
-        self.quitting = true;
+        self.ending = Some("host-qmp-quit");
         Ok(json!({}))
     }
 
     /// There is no firmware that could start the machine over: it ends, as it does when the guest resets itself.
     pub(super) fn system_reset(&mut self) -> Answer {
         self.tell(Event::Reset { guest: false });
-        self.quitting = true;
+        self.ending = Some("host-qmp-system-reset");
+        Ok(json!({}))
+    }
+
+    /// There is no button that the guest could be told of: the machine ends, as StratoVirt's does.
+    pub(super) fn system_powerdown(&mut self) -> Answer {
+        self.tell(Event::Powerdown {});
+        self.ending = Some("host-qmp-quit");
         Ok(json!({}))
     }
 
@@ -119,21 +128,17 @@ impl Monitor {
         let directory = directory.ok_or_else(|| {
             CommandError::refused("MicroVM does not support migration: it is saved to file: and a directory")
         })?;
-        if self.machine.state() == RunState::Running {
+        if self.machine().state() == RunState::Running {
             self.stop()?;
         }
-        let saved = self.machine.snapshot(Path::new(directory));
-        self.migration = if saved.is_ok() { "completed" } else { "failed" };
+        let saved = self.machine().snapshot(Path::new(directory));
+        self.front.set_migration(if saved.is_ok() { "completed" } else { "failed" });
         saved?;
         Ok(json!({}))
     }
 
-    pub(super) fn migration(&self) -> &'static str {
-        self.migration
-    }
-
     pub(super) fn query_status(&self) -> Value {
-        let (running, status) = match self.machine.state() {
+        let (running, status) = match self.machine().state() {
             RunState::Running => (true, "running"),
             RunState::Held => (false, "paused"),
             RunState::Ended => (false, "shutdown"),

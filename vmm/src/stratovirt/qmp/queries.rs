@@ -3,6 +3,7 @@
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use super::front::Front;
 use super::message::Version;
 use crate::machine::Machine;
 
@@ -11,13 +12,15 @@ use crate::machine::Machine;
 #[serde(rename_all = "kebab-case")]
 struct Place {
     socket_id: usize,
+    #[serde(rename = "die_id")]
+    die_id: usize,
     core_id: usize,
     thread_id: usize,
 }
 
 impl Place {
     fn of(core_id: usize) -> Self {
-        Self { socket_id: 0, core_id, thread_id: 0 }
+        Self { socket_id: 0, die_id: 0, core_id, thread_id: 0 }
     }
 }
 
@@ -73,6 +76,21 @@ pub fn hotpluggable_cpus(machine: &Machine) -> Value {
     places.map(|place| json!(place)).collect()
 }
 
+/// `query-chardev`
+pub fn chardevs(front: &Front) -> Value {
+    let streams = front.streams().iter();
+    streams.map(|stream| json!({"label": stream.label, "filename": stream.filename, "open": true})).collect()
+}
+
+/// `query-iothreads`: by whatever name, it is the one event loop.
+pub fn iothreads(front: &Front) -> Value {
+    let thread_id = front.machine().io_thread_id().unwrap_or_default();
+    let threads = front.iothreads().iter().map(|id| {
+        json!({"id": id, "thread-id": thread_id, "poll-max-ns": 0, "poll-grow": 0, "poll-shrink": 0, "aio-max-batch": 0})
+    });
+    threads.collect()
+}
+
 /// `query-version`
 pub fn version() -> Value {
     json!(Version::default())
@@ -80,7 +98,7 @@ pub fn version() -> Value {
 
 /// `query-events`
 pub fn events() -> Value {
-    ["SHUTDOWN", "RESET", "STOP", "RESUME", "DEVICE_DELETED", "BALLOON_CHANGED"]
+    ["SHUTDOWN", "RESET", "STOP", "RESUME", "POWERDOWN", "DEVICE_DELETED", "BALLOON_CHANGED"]
         .iter()
         .map(|name| json!({"name": name}))
         .collect()
@@ -105,12 +123,4 @@ pub fn machines() -> Value {
         "numa-mem-supported": false,
         "deprecated": false,
     }])
-}
-
-/// `qom-list-types`
-pub fn types() -> Value {
-    ["virtio-blk-device", "virtio-net-device"]
-        .iter()
-        .map(|name| json!({"name": name, "parent": "virtio-device"}))
-        .collect()
 }

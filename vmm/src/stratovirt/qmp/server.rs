@@ -18,10 +18,10 @@ use super::connection::Connection;
 use super::error::CommandError;
 use super::event::{Event, EventQueue};
 use super::framing::{FramingError, Request};
+use super::front::Front;
 use super::message::{Greeting, Reply};
 use super::monitor::Monitor;
 use super::rate::RateLimit;
-use crate::machine::Machine;
 
 /// How long a client that does not read holds up the end of the server.
 const FAREWELL: Duration = Duration::from_millis(500);
@@ -40,17 +40,16 @@ struct Shared {
     stopping: AtomicBool,
 }
 
-/// Serves QMP for `machine` on a listening stream socket (unix or TCP) in a thread of its own. The thread holds the machine
-/// until it ends.
-pub fn serve(machine: Arc<Machine>, listener: impl Into<OwnedFd>) -> io::Result<QmpServer> {
+/// Serves QMP for `front` on a listening stream socket in a thread of its own.
+pub fn serve(front: Front, listener: OwnedFd) -> io::Result<QmpServer> {
     let events = Arc::new(EventQueue::new()?);
     let shared = Arc::new(Shared { events: Arc::clone(&events), stopping: AtomicBool::new(false) });
     let server = Server {
-        listener: listener.into(),
+        listener,
         client: None,
         accept_failed: false,
         rate: RateLimit::new(Instant::now()),
-        monitor: Monitor::new(machine, events),
+        monitor: Monitor::new(front, events),
         shared: Arc::clone(&shared),
     };
     let thread = thread::Builder::new().name("qmp".into()).spawn(move || server.run())?;
@@ -114,7 +113,7 @@ impl Server {
             }
             self.serve_requests();
             self.monitor.look_at_balloon();
-            if self.monitor.is_quitting() || ready.ended {
+            if self.monitor.ending().is_some() || ready.ended {
                 return self.farewell();
             }
             self.send_events();
@@ -158,7 +157,7 @@ impl Server {
             Ok(false) => {
                 // What it has sent before it left is still meant, and it may still read.
                 self.serve_requests();
-                if !self.monitor.is_quitting() {
+                if self.monitor.ending().is_none() {
                     self.flush();
                     self.client = None;
                 }
@@ -191,7 +190,7 @@ impl Server {
     }
 
     fn serve_requests(&mut self) {
-        while !self.monitor.is_quitting() {
+        while self.monitor.ending().is_none() {
             if self.client.as_ref().is_some_and(Connection::is_full) {
                 self.flush();
             }
@@ -210,8 +209,8 @@ impl Server {
                 Err(FramingError::Request { source, id }) => (id, Err(CommandError::NoRequest(source))),
                 Err(error) => (None, Err(CommandError::Framing(error))),
             };
-            self.send_events();
             self.reply(answer, id);
+            self.send_events();
             if lost {
                 self.flush();
                 self.client = None;
@@ -228,7 +227,7 @@ impl Server {
         }
     }
 
-    /// Events come before the reply to the command that caused them.
+    /// Events come after the reply to the command that caused them, as StratoVirt's do.
     fn send_events(&mut self) {
         for event in self.shared.events.take() {
             match &mut self.client {
@@ -248,8 +247,8 @@ impl Server {
 
     /// Tells the client that the machine has ended, and ends the machine where a client asked for it.
     fn farewell(mut self) {
-        if self.monitor.is_quitting() {
-            self.shared.events.push(Event::Shutdown { guest: false, reason: "host-qmp-quit" });
+        if let Some(reason) = self.monitor.ending() {
+            self.shared.events.push(Event::Shutdown { guest: false, reason });
         } else if let Some(reason) = self.monitor.machine().exit_reason() {
             for event in Event::of_exit(&reason) {
                 self.shared.events.push(event);
@@ -267,7 +266,7 @@ impl Server {
             }
             self.flush();
         }
-        if self.monitor.is_quitting() {
+        if self.monitor.ending().is_some() {
             self.monitor.machine().stop();
         }
     }

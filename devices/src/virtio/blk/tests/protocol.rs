@@ -347,3 +347,25 @@ fn numbers_that_make_no_drive_are_refused() {
         assert!(refused(config).unwrap().contains("Block size"));
     }
 }
+
+#[test]
+fn what_was_done_is_counted_by_kind_and_outlives_a_reset() {
+    let metrics = BlkMetrics::default();
+    let config = BlkConfig { metrics: metrics.clone(), ..config(&file()) };
+    let mut running = start_config(config);
+    let count = |kind| {
+        let RequestCount { operations, bytes, failed } = metrics.count(kind);
+        (operations, bytes, failed)
+    };
+    assert_eq!(request(&mut running, READ, 0, &[Buffer::writable(DATA, 1024)]).0, OK);
+    assert_eq!(request(&mut running, WRITE, 0, &[Buffer::readable(DATA, 512)]).0, OK);
+    assert_eq!(request(&mut running, WRITE, 1, &[Buffer::readable(DATA, 512)]).0, OK);
+    assert_eq!(request(&mut running, FLUSH, 0, &[]).0, OK);
+    assert_eq!(erase(&mut running, DISCARD, &[(8, 8, 0)]), OK);
+    // What is refused by its numbers never reached the image.
+    assert_eq!(request(&mut running, READ, SECTORS, &[Buffer::writable(DATA, 512)]).0, IOERR);
+    running.guest.set_status(0);
+    assert_eq!(count(RequestKind::Read), (1, 1024, 0));
+    assert_eq!(count(RequestKind::Write), (2, 1024, 0));
+    assert_eq!((count(RequestKind::Flush), count(RequestKind::Erase)), ((1, 0, 0), (1, 0, 0)));
+}

@@ -1,116 +1,17 @@
 //! The real binary, called `stratovirt`, with guests of a few bytes on this machine's KVM.
 
+mod host;
+mod operator;
+
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
+use host::{Guest, Host, PANICKED, SHUTDOWN, eventually, kvm, stratovirt, text};
 use vmm::stratovirt::{CommandLine, Launch, Request};
-
-const SERIAL: u16 = 0x3f8;
-const LINE_STATUS: u16 = 0x3fd;
-const EXIT: u16 = 0x505;
-const SHUTDOWN: u8 = 4;
-const PANICKED: u8 = 1;
-const PATIENCE: Duration = Duration::from_secs(60);
-
-/// A guest as a flat kernel: machine code that means the same in 32-bit and 64-bit mode.
-#[derive(Clone, Default)]
-struct Guest(Vec<u8>);
-
-impl Guest {
-    fn bytes(mut self, bytes: &[u8]) -> Self {
-        self.0.extend(bytes);
-        self
-    }
-
-    /// `mov dx, port; mov al, value; out dx, al`
-    fn out(self, port: u16, value: u8) -> Self {
-        let [low, high] = port.to_le_bytes();
-        self.bytes(&[0x66, 0xba, low, high, 0xb0, value, 0xee])
-    }
-
-    fn print(self, text: &str) -> Self {
-        text.bytes().fold(self, |guest, byte| guest.out(SERIAL, byte))
-    }
-
-    /// Waits for a byte of input, and writes it back: `mov dx, 0x3fd; in al, dx; test al, 1; jz -5; mov dx, 0x3f8;
-    /// in al, dx; out dx, al`
-    fn echo(self) -> Self {
-        let [low, high] = LINE_STATUS.to_le_bytes();
-        let guest = self.bytes(&[0x66, 0xba, low, high, 0xec, 0xa8, 0x01, 0x74, 0xfb]);
-        let [low, high] = SERIAL.to_le_bytes();
-        guest.bytes(&[0x66, 0xba, low, high, 0xec, 0xee])
-    }
-
-    /// Ends the machine by `how`: `jmp $` after it.
-    fn end(self, how: u8) -> Self {
-        self.out(EXIT, how).bytes(&[0xeb, 0xfe])
-    }
-}
-
-struct Host {
-    root: tempfile::TempDir,
-}
-
-impl Host {
-    fn new(guest: &Guest) -> Self {
-        let root = tempfile::tempdir().unwrap();
-        fs::write(root.path().join("kernel"), &guest.0).unwrap();
-        Self { root }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.root.path().join(name)
-    }
-
-    fn command(&self, words: &[&str]) -> Command {
-        let mut command = stratovirt();
-        command
-            .current_dir(self.root.path())
-            .args(["-machine", "microvm", "-m", "128", "-kernel", "kernel"])
-            .args(words);
-        command.stdin(Stdio::null());
-        command
-    }
-
-    fn run(&self, words: &[&str]) -> Output {
-        self.command(words).output().unwrap()
-    }
-}
-
-fn stratovirt() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_inlay"));
-    command.arg0("/usr/bin/stratovirt").env_remove("STRATOVIRT_LOG_LEVEL");
-    command
-}
-
-fn kvm() -> bool {
-    let there = fs::OpenOptions::new().read(true).write(true).open("/dev/kvm").is_ok();
-    if !there {
-        println!("skipped: this host has no /dev/kvm");
-    }
-    there
-}
-
-/// Waits for a condition of the outside world, at most [`PATIENCE`].
-fn eventually<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
-    let start = Instant::now();
-    loop {
-        if let Some(found) = look() {
-            return found;
-        }
-        assert!(start.elapsed() < PATIENCE, "{what} has not come");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
-}
 
 #[test]
 fn a_shutdown_is_success_and_a_panic_failure() {
@@ -238,12 +139,35 @@ fn threads_are_under_filters_unless_asked_not_to_be() {
             let statuses = tasks.filter_map(|task| fs::read_to_string(task.ok()?.path().join("status")).ok());
             statuses.into_iter().find(|status| status.starts_with("Name:\tvcpu"))
         };
-        let modes = || Some(processor()?.lines().find_map(|line| line.strip_prefix("Seccomp:\t"))?.to_owned());
+        let field =
+            |status: &str, name: &str| status.lines().find_map(|line| line.strip_prefix(name)).map(str::to_owned);
+        let modes = || field(&processor()?, "Seccomp:\t");
         eventually("the processor under its filter", || (modes()? == mode).then_some(()));
+        // The process as a whole: what it starts with is what its first thread has.
+        let main = fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap();
+        assert_eq!(field(&main, "Seccomp:\t").as_deref(), Some(mode), "{main}");
+        let confined = mode == "2";
+        assert_eq!(field(&main, "NoNewPrivs:\t").as_deref(), Some(if confined { "1" } else { "0" }));
+        let capabilities = u64::from_str_radix(&field(&main, "CapEff:\t").unwrap(), 16).unwrap();
+        // CAP_SYS_ADMIN and CAP_NET_ADMIN.
+        assert!(!confined || capabilities & (1 << 21 | 1 << 12) == 0, "{capabilities:#x}");
         child.kill().unwrap();
         let said = text(&child.wait_with_output().unwrap().stderr);
         assert_eq!(said.contains("WARN"), warned, "{said}");
     }
+}
+
+#[test]
+fn without_confinement_that_is_said_with_or_without_a_log() {
+    if !kvm() {
+        return;
+    }
+    let host = Host::new(&Guest::default().end(SHUTDOWN));
+    for words in [&["-disable-seccomp"][..], &["-disable-seccomp", "-D"], &["-disable-seccomp", "-D", "log"]] {
+        let output = host.run(words);
+        assert!(text(&output.stderr).contains("SECCOMP IS DISABLED"), "{words:?}: {output:?}");
+    }
+    assert!(fs::read_to_string(host.path("log")).unwrap().contains("SECCOMP IS DISABLED"));
 }
 
 #[test]
@@ -452,41 +376,4 @@ fn devices_and_memory_of_every_kind_make_a_machine() {
         assert_eq!((output.status.code(), text(&output.stderr)), (Some(0), String::new()), "{memory:?}");
     }
     assert_eq!(fs::metadata(host.path("ram")).unwrap().len(), 128 << 20);
-}
-
-#[test]
-fn a_frozen_machine_is_driven_over_qmp_and_leaves_no_socket() {
-    if !Path::new("/dev/kvm").exists() {
-        println!("skipped: there is no /dev/kvm");
-        return;
-    }
-    let host = Host::new(&Guest::default().print("hello").bytes(&[0xeb, 0xfe]));
-    let words = ["-S", "-qmp", "unix:qmp.sock,server,nowait", "-chardev", "socket,id=m,path=mon.sock,server,nowait"];
-    let mut command = host.command(&words);
-    let mut child = command.args(["-mon", "chardev=m"]).stderr(Stdio::piped()).spawn().unwrap();
-    let deadline = Instant::now() + PATIENCE;
-    let connect = |name: &str| loop {
-        match UnixStream::connect(host.path(name)) {
-            Ok(client) => break client,
-            Err(error) => assert!(Instant::now() < deadline, "{error}"),
-        }
-        std::thread::sleep(Duration::from_millis(2));
-    };
-    for (name, command, expected) in [
-        ("qmp.sock", r#"{"execute":"cont"}"#, "RESUME"),
-        ("mon.sock", r#"{"execute":"query-status"}"#, r#""status":"running""#),
-        ("qmp.sock", r#"{"execute":"quit"}"#, "host-qmp-quit"),
-    ] {
-        let mut client = connect(name);
-        client.set_read_timeout(Some(PATIENCE)).unwrap();
-        client.write_all(command.as_bytes()).unwrap();
-        let (mut text, mut bytes) = (String::new(), [0; 1024]);
-        while !text.contains(expected) {
-            let count = client.read(&mut bytes).unwrap();
-            assert_ne!(count, 0, "{text}");
-            text += std::str::from_utf8(&bytes[..count]).unwrap();
-        }
-    }
-    assert!(child.wait().unwrap().success());
-    assert!(!host.path("qmp.sock").exists() && !host.path("mon.sock").exists());
 }
