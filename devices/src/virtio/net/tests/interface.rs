@@ -10,16 +10,16 @@ use crate::testkit::{Buffer, Guest, Running, eventually};
 use crate::virtio::kernel_vhost::{KernelVhost, VhostKind};
 use crate::virtio::net::{MAX_MTU, MAX_QUEUE_PAIRS, MIN_MTU, Net, NetConfig, NetError, Tap, TapError};
 
-const NAME: &str = "inlaytest0";
-const MAC: [u8; 6] = [0x02, 0, 0, 0, 0, 1];
+pub(super) const NAME: &str = "inlaytest0";
+pub(super) const MAC: [u8; 6] = [0x02, 0, 0, 0, 0, 1];
 /// An ethertype for experiments (IEEE 802): nobody else on the interface speaks it.
 const ETHERTYPE: [u8; 2] = [0x88, 0xb5];
-const DATA: u64 = 0x10_0000;
+pub(super) const DATA: u64 = 0x10_0000;
 const GUEST_TSO4: u32 = 7;
 const MRG_RXBUF: u32 = 15;
 
 /// Runs `test` in a thread with a network namespace of its own, which is gone afterwards.
-fn in_namespace(test: impl FnOnce() + Send + 'static) {
+pub(super) fn in_namespace(test: impl FnOnce() + Send + 'static) {
     thread::spawn(move || {
         // SAFETY: only this thread's network namespace changes.
         let result = unsafe { libc::unshare(libc::CLONE_NEWNET) };
@@ -34,7 +34,7 @@ fn in_namespace(test: impl FnOnce() + Send + 'static) {
     .unwrap();
 }
 
-fn frame(fill: u8) -> Vec<u8> {
+pub(super) fn frame(fill: u8) -> Vec<u8> {
     let mut frame = [[0xff; 6], MAC].concat();
     frame.extend(ETHERTYPE);
     frame.extend([fill; 50]);
@@ -42,7 +42,7 @@ fn frame(fill: u8) -> Vec<u8> {
 }
 
 /// Sets the interface up and returns a packet socket on it.
-fn packet_socket() -> OwnedFd {
+pub(super) fn packet_socket() -> OwnedFd {
     // SAFETY: plain system calls on structures that live through them; each result is checked.
     unsafe {
         let protocol = i32::from(u16::from_ne_bytes(ETHERTYPE));

@@ -6,4 +6,5 @@
 mod control;
 mod interface;
 mod limits;
+mod moving;
 mod wire;
