@@ -29,7 +29,7 @@ fn main() -> Result<(), String> {
         let compiled = role_filter(&rules::rules(directory, role)?, &constants)?;
         embed(&mut text, &role.to_uppercase(), &compiled);
     }
-    embed(&mut text, "SANDBOX", &refusing(&rules::rules(directory, "sandbox")?, libc::EPERM)?);
+    embed(&mut text, "HELPER", &refusing(&rules::rules(directory, "helper")?, libc::EPERM)?);
     embed(&mut text, "REFUSE_CLONE3", &refuse_clone3()?);
     let out = env::var_os("OUT_DIR").map(PathBuf::from).ok_or("Cargo sets OUT_DIR")?;
     fs::write(out.join("filters.rs"), text).map_err(|error| error.to_string())

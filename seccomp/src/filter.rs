@@ -1,6 +1,7 @@
 //! The compiled filters, and how the kernel gets them.
 
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use libc::sock_filter;
 
@@ -18,32 +19,34 @@ fn program(role: Role) -> &'static [sock_filter] {
     }
 }
 
+/// Whether clone3 is refused to all threads already. Each call of a thread goes through all of its filters.
+static CEILING_INSTALLED: AtomicBool = AtomicBool::new(false);
+
 /// Puts the calling thread, and every thread that it starts, under the filter of `role`.
 pub fn install(role: Role) -> Result<(), ConfineError> {
     let failed = |source| ConfineError::Filter { filter: role.name(), source };
-    load(REFUSE_CLONE3, 0).map_err(failed)?;
+    if !CEILING_INSTALLED.load(Ordering::Acquire) {
+        load(REFUSE_CLONE3, 0).map_err(failed)?;
+    }
     load(program(role), 0).map(drop).map_err(failed)
 }
 
 /// Puts all threads under the ceiling.
 pub fn install_ceiling() -> Result<(), ConfineError> {
-    install_everywhere("ceiling", &[REFUSE_CLONE3, CEILING])
-}
-
-/// Puts all threads, and the programs that they start, under the sandbox's filter.
-pub fn install_sandbox() -> Result<(), ConfineError> {
-    install_everywhere("sandbox", &[SANDBOX])
-}
-
-fn install_everywhere(filter: &'static str, programs: &[&'static [sock_filter]]) -> Result<(), ConfineError> {
-    for program in programs {
-        let failed = |source| ConfineError::Filter { filter, source };
+    for program in [REFUSE_CLONE3, CEILING] {
+        let failed = |source| ConfineError::Filter { filter: "ceiling", source };
         match load(program, libc::SECCOMP_FILTER_FLAG_TSYNC).map_err(failed)? {
             0 => {}
             thread => return Err(ConfineError::Diverged(thread)),
         }
     }
+    CEILING_INSTALLED.store(true, Ordering::Release);
     Ok(())
+}
+
+/// Puts the calling thread, and the programs that it starts, under the helper's filter.
+pub fn install_helper() -> Result<(), ConfineError> {
+    load(HELPER, 0).map(drop).map_err(|source| ConfineError::Filter { filter: "helper", source })
 }
 
 /// seccomp(2). With `SECCOMP_FILTER_FLAG_TSYNC` a positive answer is the thread that stands in the way.

@@ -16,9 +16,11 @@ mod thread;
 mod trap;
 
 pub use error::ConfineError;
-pub use process::{confine_machine, confine_process, confine_sandbox, drop_privileges, drop_privileges_but_mounts};
+pub use process::{
+    confine_helper, confine_machine, confine_process, drop_capabilities, drop_privileges, take_role,
+};
 pub use thread::spawn;
-pub use trap::{EXIT_CODE, report_to};
+pub use trap::{EXIT_CODE, report_to, set_role};
 
 /// What a thread is for. Each has a file in `filters/`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -32,8 +32,8 @@ pub fn no_new_privileges() -> Result<(), ConfineError> {
     }
 }
 
-/// What a sandbox's process takes beside [`FILES`], as long as it mounts root file systems itself: overlayfs works on
-/// its layers with the capabilities of whoever mounted it.
+/// What a sandbox's helper takes beside [`FILES`] to mount root file systems: overlayfs works on its layers with the
+/// capabilities of whoever mounted it.
 const MOUNTS: [Capability; 6] = [
     Capability::CAP_SYS_ADMIN,
     Capability::CAP_SYS_RESOURCE,
@@ -48,6 +48,11 @@ pub fn keep_file_capabilities() -> Result<(), ConfineError> {
     keep(&FILES)
 }
 
+/// Leaves the calling thread no capabilities.
+pub fn keep_no_capabilities() -> Result<(), ConfineError> {
+    keep(&[])
+}
+
 /// Leaves the calling thread the capabilities that files and mounts take.
 pub fn keep_mount_capabilities() -> Result<(), ConfineError> {
     keep(&[FILES.as_slice(), MOUNTS.as_slice()].concat())
@@ -57,7 +62,7 @@ pub fn keep_mount_capabilities() -> Result<(), ConfineError> {
 pub fn give_up(role: Role) -> Result<(), ConfineError> {
     no_new_privileges()?;
     match role {
-        Role::Api => Ok(()),
+        Role::Api => keep(&[]),
         Role::Fs => keep(&FILES),
         Role::Io | Role::Vcpu | Role::Uffd => {
             close_file_system()?;

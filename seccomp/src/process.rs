@@ -1,8 +1,8 @@
-//! The process as a whole.
+//! Processes as a whole, and threads that were there before their role was known.
 
 use std::sync::{Mutex, PoisonError};
 
-use crate::{ConfineError, Confinement, filter, privileges, trap};
+use crate::{ConfineError, Confinement, Role, filter, privileges, trap};
 
 /// Gives up what a process that serves a guest does not need: gaining privileges, and all capabilities but those for
 /// files. Capabilities belong to threads, so this is for a process that has one thread yet; the others inherit it.
@@ -11,23 +11,31 @@ pub fn drop_privileges() -> Result<(), ConfineError> {
     privileges::keep_file_capabilities()
 }
 
-/// As [`drop_privileges`], for a process that goes on to mount file systems and to start programs of others: those
-/// capabilities stay, and programs may gain theirs.
-pub fn drop_privileges_but_mounts() -> Result<(), ConfineError> {
+/// Takes all capabilities from the calling thread, and from those that it starts.
+pub fn drop_capabilities() -> Result<(), ConfineError> {
+    privileges::keep_no_capabilities()
+}
+
+/// Leaves a helper process, which mounts file systems and starts programs of others, what these take, and refuses it
+/// the rest. The programs inherit the refusals, and may gain their own privileges. Needs `CAP_SYS_ADMIN`.
+pub fn confine_helper() -> Result<(), ConfineError> {
+    filter::install_helper()?;
     privileges::keep_mount_capabilities()
 }
 
-/// Refuses what no sandbox needs to all threads that there are and will be, and to the programs that they start. For a
-/// process that mounts and starts programs: the ceiling would end those. Must come before the first
-/// [`spawn`](crate::spawn). Needs `CAP_SYS_ADMIN`. A second call, as after a start that failed, does nothing.
-pub fn confine_sandbox(confinement: Confinement) -> Result<(), ConfineError> {
+/// Puts the ceiling over all threads that there are and will be. Must come before the first [`spawn`](crate::spawn):
+/// the kernel puts no filter under another. A second call, as after a start that failed, does nothing.
+pub fn confine_process(confinement: Confinement) -> Result<(), ConfineError> {
     static CONFINED: Mutex<bool> = Mutex::new(false);
     if confinement == Confinement::Off {
+        confinement.announce();
         return Ok(());
     }
     let mut confined = CONFINED.lock().unwrap_or_else(PoisonError::into_inner);
     if !*confined {
-        filter::install_sandbox()?;
+        trap::install_handler()?;
+        privileges::no_new_privileges()?;
+        filter::install_ceiling()?;
         *confined = true;
     }
     Ok(())
@@ -42,14 +50,11 @@ pub fn confine_machine() -> Result<(), ConfineError> {
     confine_process(Confinement::On)
 }
 
-/// Puts the ceiling over all threads that there are and will be. Must come before the first [`spawn`](crate::spawn):
-/// the kernel puts no filter under another.
-pub fn confine_process(confinement: Confinement) -> Result<(), ConfineError> {
-    if confinement == Confinement::Off {
-        confinement.announce();
+/// Puts the calling thread into its role, and the threads that it starts from now on. For a thread that was there
+/// before the guest was: the others are [`spawn`](crate::spawn)ed in theirs. A second call does nothing.
+pub fn take_role(confinement: Confinement, role: Role) -> Result<(), ConfineError> {
+    if confinement == Confinement::Off || trap::has_role(role) {
         return Ok(());
     }
-    trap::install_handler()?;
-    privileges::no_new_privileges()?;
-    filter::install_ceiling()
+    crate::thread::enter(role)
 }

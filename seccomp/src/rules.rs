@@ -109,6 +109,13 @@ pub fn rules(directory: &Path, role: &str) -> Result<Vec<Rule>, String> {
     Ok(rules)
 }
 
+/// The rules of a role's file alone.
+#[allow(dead_code, reason = "for the tests")]
+pub fn own_rules(directory: &Path, role: &str) -> Result<Vec<Rule>, String> {
+    let file: RoleFile = parse(&directory.join(format!("{role}.toml")))?;
+    Ok(file.allow)
+}
+
 fn collect(directory: &Path, name: &str, rules: &mut Vec<Rule>, read: &mut BTreeSet<String>) -> Result<(), String> {
     if !read.insert(name.to_owned()) {
         return Ok(());

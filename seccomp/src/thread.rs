@@ -31,7 +31,7 @@ where
 }
 
 /// The order matters: the filter comes last, as it forbids the other steps.
-fn enter(role: Role) -> Result<(), ConfineError> {
+pub(crate) fn enter(role: Role) -> Result<(), ConfineError> {
     trap::install_handler()?;
     trap::set_role(role);
     privileges::give_up(role)?;

@@ -31,9 +31,14 @@ pub fn report_to(descriptor: std::os::fd::RawFd) {
     REPORT_FD.store(descriptor, Ordering::Relaxed);
 }
 
-/// Names the role of the calling thread in reports.
+/// Names the role of the calling thread in reports; for a thread that inherits its filter.
 pub fn set_role(role: Role) {
     ROLE.set(role.name());
+}
+
+/// Whether the calling thread is in `role`.
+pub fn has_role(role: Role) -> bool {
+    ROLE.get() == role.name()
 }
 
 /// Installs the handler, once in a process.

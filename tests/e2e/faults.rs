@@ -6,11 +6,10 @@ use std::path::{Path, PathBuf};
 use guest_image::archive;
 use guest_image::manifest::Compression;
 use guest_image::tree::{Node, Tree};
-use inlay_tests::harness::{HOME, Output, Parts, Scene, configure};
+use inlay_tests::harness::{HOME, Output, Parts, Processes, Scene, configure};
 use nix::mount::{MsFlags, mount, umount};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
-use nix::unistd::Pid;
 
 crate::for_inlay!(
     names_a_missing_kernel,
@@ -122,9 +121,8 @@ fn names_a_kvm_that_may_not_be_opened(scene: &Scene) {
 /// containerd calls `delete` when a shim's connection breaks.
 fn cleans_up_after_a_killed_shim(scene: &Scene) {
     let id = scene.start(&["sleep", "1000"]);
-    for shim in shims(&id) {
-        kill(Pid::from_raw(shim), Signal::SIGKILL).unwrap();
-    }
+    let Processes { shim, .. } = Processes::of(&id);
+    kill(shim, Signal::SIGKILL).unwrap();
     scene.wait_for("containerd to notice", || !scene.state_of(&id).contains("RUNNING"));
     scene.ctr(&["task", "delete", "--force", &id]).ok_or_missing();
     scene.ctr(&["container", "delete", &id]).ok();
@@ -133,23 +131,10 @@ fn cleans_up_after_a_killed_shim(scene: &Scene) {
 
 /// The FIFOs of a task belong to the client that made them, `ctr`, which removes them when it deletes a task. Here
 /// containerd has deleted it: they stay. (So they do with runc, whose killed shim leaves its socket besides.)
-fn remove_fifos(id: &str) {
+pub fn remove_fifos(id: &str) {
     for dir in fs::read_dir("/run/containerd/fifo").unwrap().flatten() {
         if dir.path().join(format!("{id}-stdout")).exists() {
             fs::remove_dir_all(dir.path()).unwrap();
         }
     }
-}
-
-/// Processes whose arguments have the id: a shim is started with `-id ID`.
-fn shims(id: &str) -> Vec<i32> {
-    let mut found = Vec::new();
-    for entry in fs::read_dir("/proc").unwrap().flatten() {
-        let command = fs::read(entry.path().join("cmdline")).unwrap_or_default();
-        let is_shim = command.split(|byte| *byte == 0).any(|word| word == id.as_bytes());
-        let pid: Option<i32> = entry.file_name().to_str().and_then(|name| name.parse().ok());
-        found.extend(pid.filter(|_| is_shim));
-    }
-    assert!(!found.is_empty(), "no shim of {id} runs");
-    found
 }

@@ -31,5 +31,6 @@ mod containers;
 mod faults;
 mod guest;
 mod host;
+mod privileges;
 mod processes;
 mod stdio;

@@ -30,8 +30,8 @@ pub enum DeleteError {
     /// The container's identifier is no file name.
     #[error(transparent)]
     Id(#[from] IdError),
-    /// A shim that cannot be killed.
-    #[error("Cannot kill the shim, process {pid}")]
+    /// A shim or its helper that cannot be killed.
+    #[error("Cannot kill the shim's process {pid}")]
     Kill {
         /// Its process id.
         pid: u32,
@@ -102,6 +102,10 @@ fn clean(run_dir: &RunDir, flags: &Flags, sandbox: &Id, kill: bool) -> Result<u3
             return Ok(pid);
         }
         record.shim.kill(KILL_PATIENCE).map_err(|source| DeleteError::Kill { pid, source })?;
+    }
+    if let Some(helper) = record.helper {
+        // It ends with the shim, and takes down what it mounted; two who do that at once get in each other's way.
+        helper.kill(KILL_PATIENCE).map_err(|source| DeleteError::Kill { pid: helper.pid, source })?;
     }
     persist::remove(run_dir, sandbox)?;
     Ok(pid)

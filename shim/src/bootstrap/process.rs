@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout};
+use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
 /// A process that can be recognised later.
@@ -20,7 +21,15 @@ pub struct ProcessIdentity {
 impl ProcessIdentity {
     /// This process.
     pub fn own() -> io::Result<Self> {
-        let pid = std::process::id();
+        Self::of(std::process::id())
+    }
+
+    /// A child of this process that nobody has waited for.
+    pub fn of_child(pid: Pid) -> io::Result<Self> {
+        Self::of(pid.as_raw().cast_unsigned())
+    }
+
+    fn of(pid: u32) -> io::Result<Self> {
         let start_time = start_time(pid)?.ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))?;
         Ok(Self { pid, start_time })
     }
@@ -42,8 +51,8 @@ impl ProcessIdentity {
         }
     }
 
-    /// A pidfd of exactly this process: the identity is checked after the descriptor pins the id.
-    fn open(&self) -> io::Result<Option<OwnedFd>> {
+    /// A pidfd of exactly this process, if it still runs: the identity is checked after the descriptor pins the id.
+    pub fn open(&self) -> io::Result<Option<OwnedFd>> {
         // SAFETY: pidfd_open takes two integers and returns a new descriptor or an error.
         let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, self.pid, 0) };
         let Ok(fd) = i32::try_from(fd) else { return Err(io::ErrorKind::InvalidData.into()) };

@@ -5,6 +5,7 @@ use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::thread::Builder;
 
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::filter::LevelFilter;
@@ -12,17 +13,19 @@ use ttrpc::r#async::Server;
 use ttrpc::r#async::transport::Listener;
 
 use super::flags::Flags;
+use crate::helper::{self, Grounds};
 use crate::ids::{Id, IdError};
-use crate::log;
 use crate::run_dir::RunDir;
+use crate::sandbox::Host;
 use crate::service::TaskService;
+use crate::{log, main_thread};
 
 /// Descriptor on which `start` hands the listening socket over.
 pub const LISTENER_FD: RawFd = 3;
-/// One worker could serve all requests; the second one keeps the service responsive while the first mounts.
-const WORKERS: usize = 2;
-/// Blocking calls are rare and short: building and stopping the machine, unmounting.
+/// Blocking calls are rare: to the helper, and into log files.
 const BLOCKING_THREADS: usize = 8;
+/// The thread that serves containerd. It waits for nothing but events, so one is enough.
+const THREAD: &str = "api";
 /// Deepest seen is the parsing of a large `config.json`.
 const STACK_SIZE: usize = 1 << 20;
 
@@ -38,6 +41,12 @@ pub enum ServeError {
     /// Capabilities that no sandbox needs.
     #[error("Cannot confine the serving process")]
     Confine(#[from] seccomp::ConfineError),
+    /// The helper.
+    #[error("Cannot make the helper process")]
+    Helper(#[source] io::Error),
+    /// A bug in the service.
+    #[error("The service has panicked")]
+    Panicked,
     /// The runtime, or a signal handler.
     #[error("Cannot set up the serving process")]
     Runtime(#[source] io::Error),
@@ -60,21 +69,34 @@ pub fn run(flags: &Flags) -> Result<(), ServeError> {
 fn serve(flags: &Flags) -> Result<(), ServeError> {
     let id = Id::try_from(flags.id.as_str())?;
     log::set_sandbox(&id);
-    raise_file_limit();
-    // Before the runtime has threads: each has capabilities of its own.
-    seccomp::drop_privileges_but_mounts()?;
     let listener = inherited_listener()?;
     let run_dir = RunDir::from_environment();
+    let bundle = super::bundle(flags).map_err(ServeError::Runtime)?;
+    // Before anything that only the shim needs is there, and before the process has threads.
+    let helper = match helper::divide().map_err(ServeError::Helper)? {
+        helper::Forked::Helper(socket) => {
+            drop(listener);
+            let bundles = bundle.parent().unwrap_or(&bundle);
+            let grounds = Grounds::new(bundles, run_dir.sandboxes()).map_err(ServeError::Helper)?;
+            return helper::serve(socket, run_dir.sandbox(&id), grounds).map_err(ServeError::Helper);
+        }
+        helper::Forked::Shim(helper) => Arc::new(helper),
+    };
+    raise_file_limit();
+    seccomp::drop_privileges()?;
+    let (main, work) = main_thread::new();
     let socket = run_dir.socket(&flags.address, &flags.namespace, &id);
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(WORKERS)
-        .max_blocking_threads(BLOCKING_THREADS)
-        .thread_stack_size(STACK_SIZE)
-        .thread_name("api")
-        .enable_all()
-        .build()
-        .map_err(ServeError::Runtime)?;
-    runtime.block_on(serve_until_told(flags, run_dir, socket, listener))
+    let service = Service { namespace: flags.namespace.clone(), run_dir, socket, listener };
+    let host = Host { helper, main };
+    let api = Builder::new().name(THREAD.to_owned()).spawn(move || {
+        let main = host.main.clone();
+        let served = service.run(host);
+        main.end();
+        served
+    });
+    let api = api.map_err(ServeError::Runtime)?;
+    work.run();
+    api.join().unwrap_or(Err(ServeError::Panicked))
 }
 
 /// Every file that a guest has open or remembers is a descriptor here.
@@ -87,14 +109,35 @@ fn raise_file_limit() {
     }
 }
 
-async fn serve_until_told(
-    flags: &Flags,
+/// What the service's thread is given.
+struct Service {
+    namespace: String,
     run_dir: RunDir,
     socket: PathBuf,
     listener: UnixListener,
-) -> Result<(), ServeError> {
+}
+
+impl Service {
+    /// Serves in the calling thread, which has no capabilities from here on.
+    fn run(self, host: Host) -> Result<(), ServeError> {
+        seccomp::drop_capabilities()?;
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .max_blocking_threads(BLOCKING_THREADS)
+            .thread_stack_size(STACK_SIZE)
+            .thread_name(THREAD)
+            .on_thread_start(|| seccomp::set_role(seccomp::Role::Api))
+            .enable_all()
+            .build()
+            .map_err(ServeError::Runtime)?;
+        runtime.block_on(serve_until_told(self, host))
+    }
+}
+
+async fn serve_until_told(service: Service, host: Host) -> Result<(), ServeError> {
+    let Service { namespace, run_dir, socket, listener } = service;
+    host.helper.watch().map_err(ServeError::Helper)?;
     let mut terminate = signal(SignalKind::terminate()).map_err(ServeError::Runtime)?;
-    let service = Arc::new(TaskService::new(flags.namespace.clone(), run_dir, Some(socket.clone())));
+    let service = Arc::new(TaskService::new(namespace, run_dir, Some(socket.clone()), host));
     let listener = Listener::try_from(listener).map_err(ServeError::Listener)?;
     let [v2, v3] = service.register();
     let mut server = Server::new().add_listener(listener).register_service(v2).register_service(v3);

@@ -9,9 +9,9 @@ use std::sync::{Arc, Mutex};
 
 use tokio::sync::watch;
 
+use crate::helper::Place;
 use crate::ids::Id;
 use crate::lock::lock;
-use crate::resources::share::ContainerShare;
 use state::{Exit, State};
 use stdio::{Stdio, Streams};
 
@@ -110,14 +110,14 @@ pub struct Container {
     /// Its first process.
     pub init: Arc<Process>,
     added: Mutex<HashMap<Id, Arc<Process>>>,
-    share: Mutex<Option<ContainerShare>>,
+    share: Mutex<Option<Place>>,
     /// Steps of its processes' lives are taken one after the other, so that events come in the order of the steps.
     pub steps: tokio::sync::Mutex<()>,
 }
 
 impl Container {
     /// A container that the guest has made.
-    pub fn new(id: Id, bundle: PathBuf, init: Process, share: ContainerShare) -> Self {
+    pub fn new(id: Id, bundle: PathBuf, init: Process, share: Place) -> Self {
         Self {
             id,
             bundle,

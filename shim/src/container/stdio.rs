@@ -15,13 +15,14 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::task::JoinHandle;
 
+use crate::helper::{Helper, HelperError, Program};
 use crate::lock::lock;
 use crate::readiness;
 use target::Target;
@@ -40,6 +41,14 @@ pub struct Streams {
 }
 
 impl Streams {
+    /// The logging program, if there is one.
+    pub fn logger(&self) -> Option<Program> {
+        match Target::parse(&self.stdout) {
+            Ok(Some(Target::Binary(program))) => Some(program),
+            _ => None,
+        }
+    }
+
     /// The FIFO of standard output, if it is one.
     pub fn fifo_of_stdout(&self) -> Option<PathBuf> {
         match Target::parse(&self.stdout) {
@@ -71,6 +80,14 @@ pub enum StdioError {
     Logger {
         /// The program.
         program: String,
+        /// Why.
+        source: HelperError,
+    },
+    /// The logging program did not get ready.
+    #[error("The logging program {program} does not get ready")]
+    LoggerReady {
+        /// The program.
+        program: String,
         /// What the system said.
         source: io::Error,
     },
@@ -92,7 +109,6 @@ pub struct GuestEnds {
 pub struct Stdio {
     stdin: Mutex<Option<OwnedFd>>,
     outputs: Vec<Output>,
-    logger: Option<logger::Logger>,
 }
 
 /// An output stream, as long as the guest may write to it.
@@ -105,8 +121,14 @@ enum Output {
 }
 
 impl Stdio {
-    /// Opens the streams. Must be called within a tokio runtime. `container` and `namespace` are for a logging program.
-    pub async fn open(streams: &Streams, container: &str, namespace: &str) -> Result<(Self, GuestEnds), StdioError> {
+    /// Opens the streams. Must be called within a tokio runtime. `container` and `namespace` are for a logging program,
+    /// which `helper` starts.
+    pub async fn open(
+        streams: &Streams,
+        container: &str,
+        namespace: &str,
+        helper: &Arc<Helper>,
+    ) -> Result<(Self, GuestEnds), StdioError> {
         let mut stdio = Self::default();
         let mut ends = GuestEnds::default();
         if let Some(Target::Fifo(path)) = Target::parse(&streams.stdin)? {
@@ -117,10 +139,9 @@ impl Stdio {
         let stdout = Target::parse(&streams.stdout)?;
         let stderr = if streams.terminal { None } else { Target::parse(&streams.stderr)? };
         if let Some(Target::Binary(program)) = stdout {
-            let (logger, pipes) = logger::Logger::start(&program, container, namespace).await?;
+            let pipes = logger::start(program, container, namespace, helper).await?;
             stdio.hold(pipes.stdout_read)?;
             stdio.hold(pipes.stderr_read)?;
-            stdio.logger = Some(logger);
             ends.stdout = Some(pipes.stdout_write);
             ends.stderr = (!streams.terminal).then_some(pipes.stderr_write);
             return Ok((stdio, ends));

@@ -2,6 +2,7 @@
 //!
 //! Each is a value that gives its resource back when it is dropped, so a start that fails at any step leaves nothing.
 
+pub mod below;
 pub mod cgroup;
 pub mod mount;
 mod overlay;
@@ -51,8 +52,8 @@ pub enum ResourceError {
         path: PathBuf,
         /// Where the container wants it.
         destination: String,
-        /// What the system said.
-        source: io::Error,
+        /// Why.
+        source: Box<ResourceError>,
     },
     /// A bind mount of a device node of the host.
     #[error("The mount of the host device {} on {destination} is not supported: the guest has no such device", path.display())]
@@ -62,6 +63,15 @@ pub enum ResourceError {
         /// Where the container wants it.
         destination: String,
     },
+    /// The helper has not done it.
+    #[error(transparent)]
+    Helper(#[from] crate::helper::HelperError),
+    /// The share is not there.
+    #[error("The sandbox has no share")]
+    NoShare,
+    /// The container has no place in the share.
+    #[error("The share has no container {0}")]
+    NoPlace(String),
     /// A container of that name has its directory already.
     #[error("The share already has a container {0}")]
     Taken(String),

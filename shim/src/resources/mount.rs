@@ -2,16 +2,19 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::thread;
 
 use nix::mount::{MntFlags, MsFlags};
+use serde::{Deserialize, Serialize};
 
+use super::below::{fd_path, open_below};
 use super::overlay::{self, MAX_OPTIONS};
 use super::{ResourceError, file_error};
 
 /// A mount as a snapshotter describes it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mount {
     /// File system type, or `bind`.
     pub fs_type: String,
@@ -21,45 +24,67 @@ pub struct Mount {
     pub options: Vec<String>,
 }
 
+/// Where something is mounted: below a directory that is held open.
+#[derive(Debug, Clone, Copy)]
+pub struct Target<'a> {
+    /// The directory.
+    pub directory: BorrowedFd<'a>,
+    /// The way from there, through no link.
+    pub path: &'a Path,
+}
+
 impl Mount {
     /// A bind mount of `source` with everything mounted below it.
-    pub fn bind(source: &Path, read_only: bool) -> Self {
+    pub fn bind(source: &str, read_only: bool) -> Self {
         let access = if read_only { "ro" } else { "rw" };
         Self {
             fs_type: "bind".to_owned(),
-            source: source.to_string_lossy().into_owned(),
+            source: source.to_owned(),
             options: vec!["rbind".to_owned(), access.to_owned()],
         }
     }
 
-    /// Mounts on `target`, which is unmounted when the result is dropped.
-    pub fn mount(&self, target: &Path) -> Result<Mounted, ResourceError> {
+    /// Whether it shows what is elsewhere already.
+    pub fn is_bind(&self) -> bool {
+        self.fs_type == "bind" || self.options.iter().any(|option| matches!(option.as_str(), "bind" | "rbind"))
+    }
+
+    /// Mounts on `target`, which is unmounted when the result is dropped. A bind mount is one of `bound`, where it is
+    /// given, and else of the source's path.
+    pub fn mount(&self, target: Target<'_>, bound: Option<BorrowedFd<'_>>) -> Result<Mounted, ResourceError> {
         let parsed = Options::parse(&self.options)
             .map_err(|option| ResourceError::Option { option, source_name: self.source.clone() })?;
         let failed = |source| ResourceError::Mount {
             source_name: self.source.clone(),
             fs_type: self.fs_type.clone(),
-            target: target.to_owned(),
+            target: target.path.to_owned(),
             source,
         };
-        let bind = parsed.flags.intersects(MsFlags::MS_BIND);
-        if bind || self.fs_type == "bind" {
+        let place = open_below(target.directory, target.path).map_err(failed)?;
+        let on = fd_path(place.as_fd());
+        let bind = self.is_bind();
+        if bind {
             let recursive = parsed.flags & MsFlags::MS_REC;
-            mount(&self.source, target, "", MsFlags::MS_BIND | recursive, "").map_err(failed)?;
+            let source = bound.map_or_else(|| PathBuf::from(&self.source), fd_path);
+            mount(&source, &on, "", MsFlags::MS_BIND | recursive, "").map_err(failed)?;
         } else if self.fs_type == "overlay" {
-            mount_overlay(&self.source, target, parsed.flags, parsed.data).map_err(failed)?;
+            mount_overlay(self.source.as_ref(), &on, parsed.flags, parsed.data).map_err(failed)?;
         } else {
-            mount(&self.source, target, &self.fs_type, parsed.flags, &parsed.data.join(",")).map_err(failed)?;
+            mount(self.source.as_ref(), &on, &self.fs_type, parsed.flags, &parsed.data.join(",")).map_err(failed)?;
         }
-        let mounted = Mounted { target: target.to_owned() };
+        // What is there now is the root of what was mounted.
+        let root = open_below(target.directory, target.path).map_err(failed)?;
+        let mounted = Mounted { root, target: target.path.to_owned() };
+        let on = fd_path(mounted.root.as_fd());
         // The first mount(2) of a bind mount ignores all flags but MS_REC; a second one sets them.
         let own_flags = parsed.flags & !(MsFlags::MS_BIND | MsFlags::MS_REC);
-        if (bind || self.fs_type == "bind") && !own_flags.is_empty() {
-            let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | own_flags | kept_flags(target).map_err(failed)?;
-            mount("", target, "", flags, "").map_err(failed)?;
+        if bind && !own_flags.is_empty() {
+            let kept = kept_flags(&mounted.root).map_err(failed)?;
+            mount("".as_ref(), &on, "", MsFlags::MS_BIND | MsFlags::MS_REMOUNT | own_flags | kept, "")
+                .map_err(failed)?;
         }
         // What the container mounts or what is mounted here must not show up in other mount namespaces.
-        mount("", target, "", MsFlags::MS_PRIVATE | MsFlags::MS_REC, "").map_err(failed)?;
+        mount("".as_ref(), &on, "", MsFlags::MS_PRIVATE | MsFlags::MS_REC, "").map_err(failed)?;
         Ok(mounted)
     }
 }
@@ -67,19 +92,21 @@ impl Mount {
 /// A mount that lasts as long as this value.
 #[derive(Debug)]
 pub struct Mounted {
+    root: OwnedFd,
     target: PathBuf,
 }
 
 impl Mounted {
-    /// Where it is mounted.
-    pub fn point(&self) -> &Path {
-        &self.target
+    /// The root of what is mounted.
+    pub fn root(&self) -> BorrowedFd<'_> {
+        self.root.as_fd()
     }
 }
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        if let Err(error) = unmount(&self.target) {
+        // By the descriptor: a name may stand for something else by now.
+        if let Err(error) = detach(&fd_path(self.root.as_fd()), MntFlags::empty()) {
             tracing::warn!(target = %self.target.display(), %error, "Cannot unmount");
         }
     }
@@ -87,7 +114,11 @@ impl Drop for Mounted {
 
 /// Unmounts what is on `target`, even while the guest's file system still holds files of it.
 pub fn unmount(target: &Path) -> io::Result<()> {
-    match nix::mount::umount2(target, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+    detach(target, MntFlags::UMOUNT_NOFOLLOW)
+}
+
+fn detach(target: &Path, flags: MntFlags) -> io::Result<()> {
+    match nix::mount::umount2(target, MntFlags::MNT_DETACH | flags) {
         // Not a mount point, or gone: somebody was faster.
         Ok(()) | Err(nix::Error::EINVAL | nix::Error::ENOENT) => Ok(()),
         Err(error) => Err(error.into()),
@@ -169,9 +200,9 @@ const WORDS: [(&str, bool, MsFlags); 25] = [
 ];
 
 /// Flags that a remount must repeat: leaving one out is an attempt to clear it.
-fn kept_flags(target: &Path) -> io::Result<MsFlags> {
+fn kept_flags(root: &OwnedFd) -> io::Result<MsFlags> {
     use nix::sys::statvfs::FsFlags;
-    let present = nix::sys::statvfs::statvfs(target)?.flags();
+    let present = nix::sys::statvfs::fstatvfs(root)?.flags();
     let pairs = [
         (FsFlags::ST_RDONLY, MsFlags::MS_RDONLY),
         (FsFlags::ST_NOSUID, MsFlags::MS_NOSUID),
@@ -184,14 +215,15 @@ fn kept_flags(target: &Path) -> io::Result<MsFlags> {
     Ok(pairs.into_iter().filter(|(there, _)| present.contains(*there)).map(|(_, flag)| flag).collect())
 }
 
-fn mount(source: &str, target: &Path, fs_type: &str, flags: MsFlags, data: &str) -> io::Result<()> {
+fn mount(source: &Path, target: &Path, fs_type: &str, flags: MsFlags, data: &str) -> io::Result<()> {
     fn given(text: &str) -> Option<&str> {
         Some(text).filter(|text| !text.is_empty())
     }
-    Ok(nix::mount::mount(given(source), target, given(fs_type), flags, given(data))?)
+    let source = Some(source).filter(|source| !source.as_os_str().is_empty());
+    Ok(nix::mount::mount(source, target, given(fs_type), flags, given(data))?)
 }
 
-fn mount_overlay(source: &str, target: &Path, flags: MsFlags, data: Vec<String>) -> io::Result<()> {
+fn mount_overlay(source: &Path, target: &Path, flags: MsFlags, data: Vec<String>) -> io::Result<()> {
     let Some(compacted) = overlay::compact(&data) else {
         check_length(&data)?;
         return mount(source, target, "overlay", flags, &data.join(","));
@@ -218,6 +250,7 @@ fn check_length(options: &[String]) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::below::open_anywhere;
     use super::*;
 
     fn texts(options: &[&str]) -> Vec<String> {
@@ -250,7 +283,9 @@ mod tests {
         std::fs::create_dir(&source).unwrap();
         std::fs::create_dir(&target).unwrap();
         std::fs::write(source.join("f"), "x").unwrap();
-        let mounted = Mount::bind(&source, true).mount(&target).unwrap();
+        let base = open_anywhere(dir.path()).unwrap();
+        let on = Target { directory: base.as_fd(), path: Path::new("t") };
+        let mounted = Mount::bind(source.to_str().unwrap(), true).mount(on, None).unwrap();
         assert_eq!(mounts_below(dir.path()).unwrap(), std::slice::from_ref(&target));
         assert_eq!(std::fs::read(target.join("f")).unwrap(), b"x");
         assert_eq!(std::fs::write(target.join("g"), "").unwrap_err().raw_os_error(), Some(libc::EROFS));
@@ -280,7 +315,8 @@ mod tests {
         assert!(overlay::length(&options) > MAX_OPTIONS);
         let before = std::env::current_dir().unwrap();
         let mount = Mount { fs_type: "overlay".to_owned(), source: "overlay".to_owned(), options };
-        match mount.mount(&target) {
+        let base = open_anywhere(dir.path()).unwrap();
+        match mount.mount(Target { directory: base.as_fd(), path: Path::new("t") }, None) {
             Ok(_mounted) => assert!(target.join("file0").exists() && target.join("file59").exists()),
             // Not every file system can be a layer, a container's own overlay for instance.
             Err(ResourceError::Mount { source, .. }) => {

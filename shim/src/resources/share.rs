@@ -6,10 +6,16 @@
 
 use std::fs::{self, DirBuilder};
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
-use super::mount::{Mount, Mounted, mounts_below, unmount};
+use nix::fcntl::OFlag;
+use nix::sys::stat::{Mode, SFlag, fstat, mkdirat};
+use nix::unistd::{UnlinkatFlags, unlinkat};
+
+use super::below::{open_anywhere, open_below};
+use super::mount::{Mount, Mounted, Target, mounts_below, unmount};
 use super::{ResourceError, file_error};
 use crate::ids::Id;
 
@@ -19,106 +25,136 @@ pub const GUEST_SHARE: &str = "/run/kata-containers/shared/containers";
 pub const TAG: &str = "kataShared";
 
 const LAYOUT: &str = "layout";
-const SHARED: &str = "shared";
-const ROOTFS: &str = "rootfs";
-const MOUNTS: &str = "mounts";
+/// Name of the directory to be exported, in the sandbox's.
+pub const SHARED: &str = "shared";
+/// Name of a container's root file system in its place.
+pub const ROOTFS: &str = "rootfs";
+/// Name of the directory of a container's volumes in its place.
+pub const MOUNTS: &str = "mounts";
 
 /// A sandbox's share. Dropped after its containers, it leaves nothing.
+///
+/// Directories are held open, and names are looked up below them without following links: whoever can write to the
+/// sandbox's directory cannot lead a mount elsewhere.
 #[derive(Debug)]
 pub struct Share {
-    layout: PathBuf,
-    shared: PathBuf,
+    sandbox: PathBuf,
+    layout: OwnedFd,
     mounted: Option<Mounted>,
 }
 
 impl Share {
     /// Makes the share in the sandbox's directory, which must exist.
     pub fn create(sandbox: &Path) -> Result<Self, ResourceError> {
-        let mut share = Self { layout: sandbox.join(LAYOUT), shared: sandbox.join(SHARED), mounted: None };
-        make_dir(&share.layout)?;
-        make_dir(&share.shared)?;
-        share.mounted = Some(Mount::bind(&share.layout, true).mount(&share.shared)?);
+        for name in [LAYOUT, SHARED] {
+            make_dir(&sandbox.join(name))?;
+        }
+        let directory = open_anywhere(sandbox).map_err(file_error("open", sandbox))?;
+        let layout = open_below(directory.as_fd(), Path::new(LAYOUT)).map_err(file_error("open", sandbox))?;
+        let mut share = Self { sandbox: sandbox.to_owned(), layout, mounted: None };
+        let on = Target { directory: directory.as_fd(), path: Path::new(SHARED) };
+        share.mounted = Some(Mount::bind(LAYOUT, true).mount(on, Some(share.layout.as_fd()))?);
         Ok(share)
-    }
-
-    /// The directory to be exported.
-    pub fn exported(&self) -> &Path {
-        &self.shared
     }
 
     /// Makes a container's place.
     pub fn add_container(&self, id: &Id) -> Result<ContainerShare, ResourceError> {
-        let layout = self.layout.join(id.as_str());
-        if let Err(error) = DirBuilder::new().mode(0o755).create(&layout) {
-            return Err(match error.kind() {
-                io::ErrorKind::AlreadyExists => ResourceError::Taken(id.to_string()),
-                _ => file_error("make the directory", layout)(error),
-            });
+        let shared = self.mounted.as_ref().ok_or(ResourceError::NoShare)?.root();
+        let name = Path::new(id.as_str());
+        match mkdirat(&self.layout, name, DIRECTORY_MODE) {
+            Err(nix::Error::EEXIST) => return Err(ResourceError::Taken(id.to_string())),
+            made => made.map_err(|errno| file_error("make the directory", name)(errno.into()))?,
         }
-        let share = ContainerShare {
-            shared: self.shared.join(id.as_str()),
-            guest: format!("{GUEST_SHARE}/{id}"),
+        let place = ContainerShare {
+            id: id.clone(),
+            layout: self.layout.try_clone().map_err(file_error("open", name))?,
+            shared: shared.try_clone_to_owned().map_err(file_error("open", name))?,
+            place: None,
+            volumes: Vec::new(),
             mounts: Vec::new(),
-            layout,
         };
-        make_dir(&share.layout.join(ROOTFS))?;
-        make_dir(&share.layout.join(MOUNTS))?;
-        Ok(share)
+        place.filled()
     }
 }
 
 impl Drop for Share {
     fn drop(&mut self) {
         self.mounted = None;
-        remove_empty(&self.shared);
-        remove_empty(&self.layout);
+        for name in [SHARED, LAYOUT] {
+            remove_empty(&self.sandbox.join(name));
+        }
     }
 }
 
 /// A container's place in the share: its root file system and its volumes.
 #[derive(Debug)]
 pub struct ContainerShare {
-    layout: PathBuf,
-    shared: PathBuf,
-    guest: String,
+    id: Id,
+    layout: OwnedFd,
+    shared: OwnedFd,
+    /// The container's directory in the layout.
+    place: Option<OwnedFd>,
+    /// Names in [`MOUNTS`], and whether each is a directory.
+    volumes: Vec<(String, bool)>,
     mounts: Vec<Mounted>,
 }
 
 impl ContainerShare {
-    /// Mounts the root file system from what the snapshotter gave, or from the bundle where it gave nothing. Returns
-    /// the guest's path.
-    pub fn mount_rootfs(&mut self, mounts: &[Mount], bundle_rootfs: &Path) -> Result<String, ResourceError> {
-        let target = self.shared.join(ROOTFS);
-        if mounts.is_empty() {
-            self.mounts.push(Mount::bind(bundle_rootfs, false).mount(&target)?);
+    fn filled(mut self) -> Result<Self, ResourceError> {
+        let name = Path::new(self.id.as_str());
+        let place = open_below(self.layout.as_fd(), name).map_err(file_error("open", name))?;
+        for inner in [ROOTFS, MOUNTS] {
+            let made = mkdirat(&place, inner, DIRECTORY_MODE);
+            made.map_err(|errno| file_error("make the directory", name.join(inner))(errno.into()))?;
         }
-        for mount in mounts {
-            self.mounts.push(mount.mount(&target)?);
-        }
-        Ok(format!("{}/{ROOTFS}", self.guest))
+        self.place = Some(place);
+        Ok(self)
     }
 
-    /// Mounts a file or directory of the host for the container. Returns the guest's path.
-    pub fn add_volume(&mut self, source: &Path, read_only: bool) -> Result<String, ResourceError> {
-        let metadata = fs::metadata(source).map_err(file_error("examine", source))?;
-        let base = source.file_name().map_or_else(|| "root".into(), |name| name.to_string_lossy());
+    /// Mounts a part of the root file system: of `bound`, where it is a bind mount.
+    pub fn mount_rootfs(&mut self, mount: &Mount, bound: Option<BorrowedFd<'_>>) -> Result<(), ResourceError> {
+        let path = Path::new(self.id.as_str()).join(ROOTFS);
+        self.mounts.push(mount.mount(Target { directory: self.shared.as_fd(), path: &path }, bound)?);
+        Ok(())
+    }
+
+    /// Mounts a file or directory of the host for the container, under a name made from `base`. Returns the name.
+    pub fn add_volume(&mut self, source: BorrowedFd<'_>, base: &str, read_only: bool) -> Result<String, ResourceError> {
+        let kind = fstat(source).map_err(|errno| file_error("examine", base)(errno.into()))?.st_mode;
+        let is_directory = SFlag::from_bits_truncate(kind) & SFlag::S_IFMT == SFlag::S_IFDIR;
         // Numbered, as two volumes may have one name; the name is for the reader of mount tables.
         let name = format!("{}-{base}", self.mounts.len());
-        let placeholder = self.layout.join(MOUNTS).join(&name);
-        if metadata.is_dir() {
-            make_dir(&placeholder)?;
+        let path = Path::new(MOUNTS).join(&name);
+        let place = self.place.as_ref().ok_or_else(|| ResourceError::NoPlace(self.id.to_string()))?;
+        let mounts = open_below(place.as_fd(), Path::new(MOUNTS)).map_err(file_error("open", MOUNTS))?;
+        if is_directory {
+            mkdirat(&mounts, name.as_str(), DIRECTORY_MODE)
         } else {
-            fs::File::create_new(&placeholder).map_err(file_error("make the file", &placeholder))?;
+            let flags = OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_WRONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+            nix::fcntl::openat(&mounts, name.as_str(), flags, Mode::from_bits_truncate(0o644)).map(drop)
         }
-        self.mounts.push(Mount::bind(source, read_only).mount(&self.shared.join(MOUNTS).join(&name))?);
-        Ok(format!("{}/{MOUNTS}/{name}", self.guest))
+        .map_err(|errno| file_error("make the place holder", &path)(errno.into()))?;
+        self.volumes.push((name.clone(), is_directory));
+        let inside = Path::new(self.id.as_str()).join(path);
+        let on = Target { directory: self.shared.as_fd(), path: &inside };
+        self.mounts.push(Mount::bind(base, read_only).mount(on, Some(source))?);
+        Ok(name)
     }
-}
 
-impl ContainerShare {
-    /// Where the root file system and the volumes are mounted, the latest first.
-    pub fn mount_points(&self) -> impl Iterator<Item = &Path> {
-        self.mounts.iter().rev().map(Mounted::point)
+    /// Removes the place holders, which are empty directories and empty files.
+    fn remove(&mut self) -> io::Result<()> {
+        let place = self.place.take();
+        if let Some(place) = &place {
+            let mounts = open_below(place.as_fd(), Path::new(MOUNTS))?;
+            while let Some((name, is_directory)) = self.volumes.pop() {
+                let kind = if is_directory { UnlinkatFlags::RemoveDir } else { UnlinkatFlags::NoRemoveDir };
+                unlinkat(&mounts, name.as_str(), kind)?;
+            }
+            for name in [MOUNTS, ROOTFS] {
+                unlinkat(place, name, UnlinkatFlags::RemoveDir)?;
+            }
+        }
+        Ok(unlinkat(&self.layout, self.id.as_str(), UnlinkatFlags::RemoveDir)?)
     }
 }
 
@@ -128,8 +164,8 @@ impl Drop for ContainerShare {
         while let Some(mounted) = self.mounts.pop() {
             drop(mounted);
         }
-        if let Err(error) = remove_layout(&self.layout) {
-            tracing::warn!(directory = %self.layout.display(), %error, "Cannot remove a container's place in the share");
+        if let Err(error) = self.remove() {
+            tracing::warn!(container = %self.id, %error, "Cannot remove a container's place in the share");
         }
     }
 }
@@ -149,10 +185,14 @@ pub fn remove_leftovers(sandbox: &Path) -> Result<(), ResourceError> {
 /// Removes directories and empty files below `directory`, and it. Anything else stops it: a mount that is still there
 /// holds somebody's data, and none of it may be lost.
 fn remove_layout(directory: &Path) -> io::Result<()> {
-    let entries = match fs::read_dir(directory) {
+    match fs::symlink_metadata(directory) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        entries => entries?,
-    };
+        Err(error) => return Err(error),
+        Ok(metadata) if metadata.is_dir() => {}
+        // Whoever made a link of it, what it leads to is not the sandbox's.
+        Ok(_) => return fs::remove_file(directory),
+    }
+    let entries = fs::read_dir(directory)?;
     if !mounts_below(directory).map_err(io::Error::other)?.is_empty() {
         return Err(io::Error::other("Something is still mounted there"));
     }
@@ -170,8 +210,11 @@ fn remove_layout(directory: &Path) -> io::Result<()> {
     fs::remove_dir(directory)
 }
 
+const DIRECTORY_MODE: Mode =
+    Mode::S_IRWXU.union(Mode::S_IRGRP).union(Mode::S_IXGRP).union(Mode::S_IROTH).union(Mode::S_IXOTH);
+
 fn make_dir(path: &Path) -> Result<(), ResourceError> {
-    DirBuilder::new().mode(0o755).create(path).map_err(file_error("make the directory", path))
+    DirBuilder::new().mode(DIRECTORY_MODE.bits()).create(path).map_err(file_error("make the directory", path))
 }
 
 fn remove_empty(path: &Path) {
@@ -211,27 +254,43 @@ mod tests {
         let id = Id::try_from("c1").unwrap();
         let mut container = share.add_container(&id).unwrap();
         assert!(matches!(share.add_container(&id), Err(ResourceError::Taken(_))));
-        assert_eq!(container.mount_rootfs(&[], &rootfs).unwrap(), format!("{GUEST_SHARE}/c1/rootfs"));
-        let guest = container.add_volume(&dir.path().join("hosts"), false).unwrap();
-        assert_eq!(guest, format!("{GUEST_SHARE}/c1/mounts/1-hosts"));
-        container.add_volume(&volume, true).unwrap();
+        let place = |path: &Path| open_anywhere(path).unwrap();
+        let source = place(&rootfs);
+        container.mount_rootfs(&Mount::bind("r", false), Some(source.as_fd())).unwrap();
+        let hosts = place(&dir.path().join("hosts"));
+        assert_eq!(container.add_volume(hosts.as_fd(), "hosts", false).unwrap(), "1-hosts");
+        container.add_volume(place(&volume).as_fd(), "v", true).unwrap();
 
-        let seen = share.exported().join("c1");
+        let seen = sandbox.join(SHARED).join("c1");
         fs::write(seen.join("rootfs/new"), "x").unwrap();
         assert_eq!(fs::read(rootfs.join("new")).unwrap(), b"x");
         assert_eq!(fs::read(seen.join("mounts/1-hosts")).unwrap(), b"h");
-        for refused in [share.exported().join("new"), seen.join("new"), seen.join("mounts/2-v/new")] {
+        for refused in [sandbox.join("shared/new"), seen.join("new"), seen.join("mounts/2-v/new")] {
             assert_eq!(fs::write(&refused, "").unwrap_err().raw_os_error(), Some(libc::EROFS), "{}", refused.display());
         }
-
-        // Whoever lets go of them is told of all of them, before they go.
-        let points: Vec<_> = container.mount_points().map(Path::to_owned).collect();
-        assert_eq!(points, [seen.join("mounts/2-v"), seen.join("mounts/1-hosts"), seen.join("rootfs")]);
         drop(container);
-        assert!(names(share.exported()).is_empty());
+        assert!(names(&sandbox.join(SHARED)).is_empty());
         drop(share);
         assert!(names(&sandbox).is_empty());
         assert_eq!(fs::read(rootfs.join("new")).unwrap(), b"x");
+    }
+
+    #[test]
+    fn a_link_in_the_layout_leads_no_mount_elsewhere() {
+        let Some(dir) = root_only() else { return };
+        let (sandbox, outside) = (dir.path().join("sb"), dir.path().join("outside"));
+        fs::create_dir(&sandbox).unwrap();
+        fs::create_dir_all(outside.join("rootfs")).unwrap();
+        let share = Share::create(&sandbox).unwrap();
+        let mut container = share.add_container(&Id::try_from("c1").unwrap()).unwrap();
+        fs::rename(sandbox.join("layout/c1"), sandbox.join("layout/away")).unwrap();
+        std::os::unix::fs::symlink(&outside, sandbox.join("layout/c1")).unwrap();
+        let source = open_anywhere(dir.path()).unwrap();
+        assert!(container.mount_rootfs(&Mount::bind("r", false), Some(source.as_fd())).is_err());
+        assert_eq!(names(&outside.join("rootfs")), Vec::<String>::new());
+        // A volume goes to the container's own directory, wherever that is, and is not mounted.
+        assert!(container.add_volume(source.as_fd(), "v", false).is_err());
+        assert!(mounts_below(&outside).unwrap().is_empty());
     }
 
     #[test]
@@ -243,7 +302,8 @@ mod tests {
         fs::write(rootfs.join("data"), "x").unwrap();
         let share = Share::create(&sandbox).unwrap();
         let mut container = share.add_container(&Id::try_from("c1").unwrap()).unwrap();
-        container.mount_rootfs(&[], &rootfs).unwrap();
+        let source = open_anywhere(&rootfs).unwrap();
+        container.mount_rootfs(&Mount::bind("r", false), Some(source.as_fd())).unwrap();
         std::mem::forget((share, container));
         remove_leftovers(&sandbox).unwrap();
         assert!(names(&sandbox).is_empty() && mounts_below(dir.path()).unwrap().is_empty());
@@ -258,5 +318,10 @@ mod tests {
         fs::write(dir.path().join("d/data"), "x").unwrap();
         assert!(remove_layout(&dir.path().join("d")).is_err());
         assert!(dir.path().join("d/data").exists());
+        // A link is removed, and what it leads to is not looked at.
+        fs::create_dir(dir.path().join("empty")).unwrap();
+        std::os::unix::fs::symlink(dir.path().join("empty"), dir.path().join("link")).unwrap();
+        remove_layout(&dir.path().join("link")).unwrap();
+        assert!(dir.path().join("empty").exists() && !dir.path().join("link").exists());
     }
 }

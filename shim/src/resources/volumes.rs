@@ -8,7 +8,7 @@ use agent_proto::oci;
 use oci_spec::runtime::Mount;
 
 use super::ResourceError;
-use super::share::ContainerShare;
+use crate::helper::Place;
 
 /// Device nodes that every guest has.
 const GUEST_DEVICES: [&str; 6] = ["/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty"];
@@ -33,11 +33,11 @@ enum Treatment {
 }
 
 /// Translates mounts for the guest and puts the host's files among them into the container's share.
-pub fn translate(mounts: &[Mount], share: &mut ContainerShare) -> Result<Vec<oci::Mount>, ResourceError> {
+pub fn translate(mounts: &[Mount], share: &mut Place) -> Result<Vec<oci::Mount>, ResourceError> {
     mounts.iter().map(|mount| translate_one(mount, share)).collect()
 }
 
-fn translate_one(mount: &Mount, share: &mut ContainerShare) -> Result<oci::Mount, ResourceError> {
+fn translate_one(mount: &Mount, share: &mut Place) -> Result<oci::Mount, ResourceError> {
     let destination = mount.destination().to_string_lossy().into_owned();
     let options = mount.options().clone().unwrap_or_default();
     let guest = |kind: &str, source: &str, options: Vec<String>| oci::Mount {
@@ -61,12 +61,10 @@ fn translate_one(mount: &Mount, share: &mut ContainerShare) -> Result<oci::Mount
             let unusable = |error| ResourceError::VolumeSource {
                 path: source.to_owned(),
                 destination: destination.clone(),
-                source: error,
+                source: Box::new(error),
             };
-            // The canonical path: a symlink is followed now, by the host, and never again.
-            let real = fs::canonicalize(source).map_err(unusable)?;
             let read_only = options.iter().any(|option| matches!(option.as_str(), "ro" | "rro"));
-            let inside = share.add_volume(&real, read_only)?;
+            let inside = share.add_volume(source, read_only).map_err(unusable)?;
             Ok(guest("bind", &inside, options))
         }
     }
@@ -130,26 +128,5 @@ mod tests {
         assert_eq!(bind("/dev/kmsg", "/dev/kmsg"), Treatment::Device);
         assert_eq!(bind("/run/pod/shm", "/dev/shm"), Treatment::SharedMemory);
         assert_eq!(treatment(&mount("none", "/etc/hosts", "/h", &["bind"])), Treatment::Host);
-    }
-
-    #[test]
-    fn a_missing_source_is_named_with_its_destination() {
-        if !nix::unistd::geteuid().is_root() {
-            eprintln!("skipped: mounting needs root");
-            return;
-        }
-        let dir = tempfile::tempdir().unwrap();
-        let share = super::super::share::Share::create(dir.path()).unwrap();
-        let mut container = share.add_container(&crate::ids::Id::try_from("c").unwrap()).unwrap();
-        let error = translate(&[mount("bind", "/nonexistent", "/n", &[])], &mut container).unwrap_err();
-        assert_eq!(error.to_string(), "The source /nonexistent of the mount on /n cannot be used");
-        let file = dir.path().join("f");
-        fs::write(&file, "").unwrap();
-        let made = translate(&[mount("bind", file.to_str().unwrap(), "/f", &["rbind", "ro"])], &mut container).unwrap();
-        assert_eq!(made[0].source, "/run/kata-containers/shared/containers/c/mounts/0-f");
-        assert_eq!(
-            (made[0].type_.as_str(), made[0].options.as_slice()),
-            ("bind", &["rbind".to_owned(), "ro".to_owned()][..])
-        );
     }
 }

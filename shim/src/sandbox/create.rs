@@ -14,11 +14,11 @@ use super::guest::{ConnectError, Guest};
 use super::{Sandbox, SandboxError, State};
 use crate::container::stdio::{GuestEnds, Stdio, StdioError, Streams};
 use crate::container::{Container, Process};
+use crate::helper::Place;
 use crate::ids::Id;
 use crate::lock::lock;
 use crate::oci::{self, SpecError};
 use crate::resources::mount::Mount;
-use crate::resources::share::ContainerShare;
 use crate::resources::{ResourceError, volumes};
 
 /// What a container is to be.
@@ -81,8 +81,13 @@ impl Sandbox {
         if self.container(&request.id).is_some() {
             return Err(CreateError::Exists(request.id));
         }
-        let (share, mut guest_request) = self.prepare(&request)?;
-        let (stdio, ends) = Stdio::open(&request.streams, request.id.as_str(), &self.namespace).await?;
+        let sandbox = Arc::clone(self);
+        // Mounting may wait for a file system.
+        let prepared =
+            tokio::task::spawn_blocking(move || sandbox.prepare(&request).map(|prepared| (request, prepared)));
+        let (request, (share, mut guest_request)) = prepared.await.map_err(|_| CreateError::Ended)??;
+        let helper = &self.host.helper;
+        let (stdio, ends) = Stdio::open(&request.streams, request.id.as_str(), &self.namespace, helper).await?;
         // Before the process is made: a terminal may echo its client's first words.
         let first_output = request.streams.fifo_of_stdout().and_then(|fifo| FirstOutput::watch(&fifo));
         let ports = connect_streams(&guest, ends).await?;
@@ -102,14 +107,15 @@ impl Sandbox {
     }
 
     /// The host's part: root file system and volumes in the share, and the specification in the guest's terms.
-    fn prepare(&self, request: &ContainerRequest) -> Result<(ContainerShare, CreateContainerRequest), CreateError> {
+    fn prepare(&self, request: &ContainerRequest) -> Result<(Place, CreateContainerRequest), CreateError> {
         let resources = lock(&self.resources);
         let share = &resources.as_ref().ok_or(CreateError::Ended)?.share;
         let mut share = share.add_container(&request.id).map_err(CreateError::Rootfs)?;
         drop(resources);
-        let root = request.spec.root().as_ref().ok_or(SpecError::Missing("root"))?;
-        let bundle_rootfs = request.bundle.join(root.path());
-        let rootfs = share.mount_rootfs(&request.rootfs, &bundle_rootfs).map_err(CreateError::Rootfs)?;
+        if request.spec.root().is_none() {
+            return Err(SpecError::Missing("root").into());
+        }
+        let rootfs = share.mount_rootfs(request.rootfs.clone()).map_err(CreateError::Rootfs)?;
         let mounts = request.spec.mounts().as_deref().unwrap_or_default();
         let mounts = volumes::translate(mounts, &mut share).map_err(CreateError::Volume)?;
         let with_seccomp = !self.config.runtime.disable_guest_seccomp;
@@ -134,7 +140,7 @@ impl Sandbox {
         container: &Id,
         streams: &Streams,
     ) -> Result<(Stdio, Ports), SandboxError> {
-        let (stdio, ends) = Stdio::open(streams, container.as_str(), &self.namespace).await?;
+        let (stdio, ends) = Stdio::open(streams, container.as_str(), &self.namespace, &self.host.helper).await?;
         Ok((stdio, connect_streams(guest, ends).await?))
     }
 }

@@ -18,9 +18,11 @@ use vmm::{
 };
 
 use super::agent::{Agent, AgentError};
-use super::{guest_log, trace};
+use super::{Host, guest_log, trace};
 use crate::config::{Config, FsCache};
+use crate::helper::HelperError;
 use crate::ids::Id;
+use crate::main_thread::{Ended, MainThread};
 use crate::readiness;
 use crate::resources::share::TAG;
 
@@ -68,6 +70,12 @@ pub enum BootError {
     /// The agent answered wrongly.
     #[error("The guest's agent is not well")]
     Agent(#[from] AgentError),
+    /// The thread that builds machines is gone.
+    #[error("Cannot build the machine of the sandbox")]
+    Builder(#[from] Ended),
+    /// The helper cannot be told.
+    #[error("Cannot start the machine of the sandbox")]
+    Helper(#[from] HelperError),
     /// A descriptor of the shim's own.
     #[error("Cannot make a descriptor to wait for the guest")]
     Descriptor(#[from] io::Error),
@@ -92,6 +100,7 @@ pub enum ConnectError {
 /// A guest that runs, and its agent.
 pub struct Guest {
     machine: Arc<Machine>,
+    main: MainThread,
     connector: Connector,
     /// The agent.
     pub agent: Agent,
@@ -102,13 +111,20 @@ pub struct Guest {
 impl Guest {
     /// Builds a machine for `sandbox` that sees `shared` and, if its debug console is wanted, listens on `socket`,
     /// starts it and waits for its agent. When this fails or is given up, nothing of the machine is left.
-    pub async fn boot(sandbox: &Id, config: &Config, shared: &Path, socket: &Path) -> Result<Self, BootError> {
+    pub async fn boot(
+        sandbox: &Id,
+        config: &Config,
+        shared: &Path,
+        socket: &Path,
+        host: &Host,
+    ) -> Result<Self, BootError> {
         let machine_config = machine_config(sandbox, config, shared, socket);
-        let built = tokio::task::spawn_blocking(move || Machine::build(machine_config)).await;
-        let machine = Arc::new(built.map_err(io::Error::other)?.map_err(BootError::Build)?);
+        let built = host.main.run(move || Machine::build(machine_config)).await?;
+        let machine = Arc::new(built.map_err(BootError::Build)?);
         let connector = machine.vsock().ok_or(ConnectError::Gone)?;
         let (announce, mut announced) = mpsc::unbounded_channel();
         connector.listen(LOG_PORT, Box::new(move |stream| drop(announce.send(stream))));
+        host.helper.seal()?;
         machine.start().map_err(BootError::Start)?;
 
         let deadline = config.agent.boot_deadline;
@@ -140,7 +156,7 @@ impl Guest {
                 return Err(BootError::Deadline { milliseconds: deadline.as_millis(), console: console(&machine) });
             }
         };
-        Ok(Self { connector, agent, answered_at: trace::now(), machine })
+        Ok(Self { connector, agent, answered_at: trace::now(), machine, main: host.main.clone() })
     }
 
     /// The machine, for its times and its threads.
@@ -163,8 +179,8 @@ impl Guest {
     pub async fn stop(&self) {
         let machine = Arc::clone(&self.machine);
         // Joins threads of the machine, which may be in the middle of a request.
-        if let Err(error) = tokio::task::spawn_blocking(move || machine.stop()).await {
-            tracing::error!(%error, "Stopping the machine panicked");
+        if let Err(error) = self.main.run(move || machine.stop()).await {
+            tracing::error!(%error, "The machine was not stopped");
         }
     }
 }

@@ -28,13 +28,14 @@ use crate::config::Config;
 use crate::container::Container;
 use crate::container::state::IllegalStep;
 use crate::events::Publisher;
+use crate::helper::{Helper, Share};
 use crate::ids::Id;
 use crate::lock::lock;
-use crate::resources::cgroup::Placement;
-use crate::resources::share::Share;
+use crate::main_thread::MainThread;
 use agent::{Agent, AgentError};
 use guest::Guest;
 use persist::SandboxDir;
+use start::Placed;
 use state::State;
 use trace::StartTimes;
 
@@ -42,12 +43,22 @@ pub use create::{ContainerRequest, CreateError};
 pub use process::reported_pid;
 pub use start::{SandboxRequest, StartError};
 
+/// The parts of the process that can do what the service's threads may not.
+#[derive(Clone)]
+pub struct Host {
+    /// Mounts, and starts programs.
+    pub helper: Arc<Helper>,
+    /// Builds machines, and takes them down.
+    pub main: MainThread,
+}
+
 /// A sandbox that has started.
 pub struct Sandbox {
     /// Its name.
     pub id: Id,
     namespace: String,
     config: Config,
+    host: Host,
     events: Arc<Publisher>,
     state: watch::Sender<State>,
     /// Gone when the machine has ended, so that the guest's memory is free again.
@@ -60,7 +71,7 @@ pub struct Sandbox {
 /// What the sandbox took from the host. Given back in the order of the fields.
 struct Resources {
     share: Share,
-    _placement: Option<Placement>,
+    _placement: Option<Placed>,
     dir: SandboxDir,
 }
 

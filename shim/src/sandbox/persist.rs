@@ -29,6 +29,8 @@ pub struct Record {
     pub namespace: String,
     /// The process that serves it.
     pub shim: ProcessIdentity,
+    /// The process that mounts for it.
+    pub helper: Option<ProcessIdentity>,
     /// Its ttrpc socket.
     pub socket: Option<PathBuf>,
     /// Control groups that were made for it.
@@ -73,9 +75,10 @@ impl Record {
         namespace: &str,
         socket: Option<PathBuf>,
         cgroups: MadeDirectories,
+        helper: Option<ProcessIdentity>,
     ) -> io::Result<Self> {
-        let shim = ProcessIdentity::own()?;
-        Ok(Self { version: VERSION, sandbox: sandbox.clone(), namespace: namespace.to_owned(), shim, socket, cgroups })
+        let (sandbox, namespace) = (sandbox.clone(), namespace.to_owned());
+        Ok(Self { version: VERSION, sandbox, namespace, shim: ProcessIdentity::own()?, helper, socket, cgroups })
     }
 
     /// Reads a sandbox's record. `None` when there is none that could be understood.
@@ -182,7 +185,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let run_dir = RunDir::at(root.path().into());
         let dir = SandboxDir::create(&run_dir, &id()).unwrap();
-        let record = Record::of_this_process(&id(), "ns", Some("/s".into()), MadeDirectories::default()).unwrap();
+        let record = Record::of_this_process(&id(), "ns", Some("/s".into()), MadeDirectories::default(), None).unwrap();
         dir.save(&record).unwrap();
         assert_eq!(Record::load(&run_dir, &id()), Some(record));
         assert!(
@@ -201,7 +204,7 @@ mod tests {
         let socket = root.path().join("socket");
         fs::write(&socket, "").unwrap();
         let mut record =
-            Record::of_this_process(&id(), "ns", Some(socket.clone()), MadeDirectories::default()).unwrap();
+            Record::of_this_process(&id(), "ns", Some(socket.clone()), MadeDirectories::default(), None).unwrap();
         record.shim.start_time -= 1;
         dir.save(&record).unwrap();
         std::mem::forget(dir);

@@ -10,19 +10,22 @@ use std::time::Duration;
 use agent_proto::agent::{CreateSandboxRequest, Storage};
 use containerd_shim_protos::events::task::TaskOOM;
 use containerd_shim_protos::topics::TASK_OOM_EVENT_TOPIC;
+use seccomp::{ConfineError, Confinement};
 use tokio::sync::watch;
 use tokio::time::MissedTickBehavior;
 
 use super::agent::{Agent, AgentError};
 use super::guest::{BootError, Guest};
 use super::persist::{PersistError, Record, SandboxDir};
-use super::{Resources, Sandbox, StartTimes, State};
+use super::{Host, Resources, Sandbox, StartTimes, State};
 use crate::config::Config;
 use crate::events::Publisher;
+use crate::helper::{Named, Share};
 use crate::ids::Id;
+use crate::main_thread::{Ended, MainThread};
 use crate::resources::ResourceError;
-use crate::resources::cgroup::{CgroupPath, Placement};
-use crate::resources::share::{GUEST_SHARE, Share, TAG};
+use crate::resources::cgroup::{CgroupPath, MadeDirectories, Placement};
+use crate::resources::share::{GUEST_SHARE, TAG};
 use crate::resources::volumes::GUEST_SHM;
 use crate::run_dir::RunDir;
 
@@ -41,6 +44,8 @@ pub struct SandboxRequest {
     pub hostname: String,
     /// Where the shim belongs in the host's control groups.
     pub cgroup: Option<CgroupPath>,
+    /// What containerd has named of the host for the container that makes the sandbox.
+    pub named: Named,
     /// When the request arrived.
     pub t0: u64,
 }
@@ -57,12 +62,15 @@ pub enum StartError {
     /// The control group.
     #[error("Cannot place the sandbox in its control group")]
     Cgroup(#[source] ResourceError),
+    /// The thread that can make the control group is gone.
+    #[error("Cannot place the sandbox in its control group")]
+    MainThread(#[from] Ended),
     /// The shared directory.
     #[error("Cannot make the sandbox's shared directory")]
     Share(#[source] ResourceError),
     /// The process.
     #[error("Cannot confine the sandbox's process")]
-    Confine(#[from] seccomp::ConfineError),
+    Confine(#[from] ConfineError),
     /// The machine and the guest in it.
     #[error("Cannot boot the sandbox's guest")]
     Boot(#[from] BootError),
@@ -71,28 +79,67 @@ pub enum StartError {
     Agent(#[source] AgentError),
 }
 
+/// A place in the control groups, which the process's first thread has made and takes back.
+pub struct Placed {
+    placement: Option<Placement>,
+    main: MainThread,
+}
+
+impl Placed {
+    async fn make(path: CgroupPath, main: MainThread) -> Result<Self, StartError> {
+        let placement = main.run(move || Placement::make(path)).await?.map_err(StartError::Cgroup)?;
+        Ok(Self { placement: Some(placement), main })
+    }
+
+    async fn join(mut self) -> Result<Self, StartError> {
+        if let Some(mut placement) = self.placement.take() {
+            let joined = self.main.run(move || placement.join().map(|()| placement)).await?;
+            self.placement = Some(joined.map_err(StartError::Cgroup)?);
+        }
+        Ok(self)
+    }
+
+    fn made(&self) -> MadeDirectories {
+        self.placement.as_ref().map(|placement| placement.made().clone()).unwrap_or_default()
+    }
+}
+
+impl Drop for Placed {
+    fn drop(&mut self) {
+        if let Some(placement) = self.placement.take() {
+            self.main.give_back(placement);
+        }
+    }
+}
+
 impl Sandbox {
     /// Starts a sandbox.
     pub async fn start(
         request: SandboxRequest,
         config: Config,
         run_dir: &RunDir,
+        host: Host,
         events: Arc<Publisher>,
     ) -> Result<Arc<Self>, StartError> {
         let dir = SandboxDir::create(run_dir, &request.id)?;
-        let mut placement = request.cgroup.map(Placement::make).transpose().map_err(StartError::Cgroup)?;
-        let made = placement.as_ref().map(|placement| placement.made().clone()).unwrap_or_default();
-        let record = Record::of_this_process(&request.id, &request.namespace, request.socket, made);
+        let placement = match request.cgroup {
+            Some(path) => Some(Placed::make(path, host.main.clone()).await?),
+            None => None,
+        };
+        let made = placement.as_ref().map(Placed::made).unwrap_or_default();
+        let helper = host.helper.identity();
+        let record = Record::of_this_process(&request.id, &request.namespace, request.socket, made, Some(helper));
         dir.save(&record.map_err(StartError::Identity)?)?;
-        if let Some(placement) = &mut placement {
-            placement.join().map_err(StartError::Cgroup)?;
-        }
-        let share = Share::create(dir.path()).map_err(StartError::Share)?;
+        let placement = match placement {
+            Some(placement) => Some(placement.join().await?),
+            None => None,
+        };
+        let share = Share::make(Arc::clone(&host.helper), dir.path(), request.named).map_err(StartError::Share)?;
         let resources = Resources { share, _placement: placement, dir };
 
-        seccomp::confine_sandbox(config.runtime.confinement)?;
+        confine(config.runtime.confinement)?;
         let guest =
-            Guest::boot(&request.id, &config, resources.share.exported(), &resources.dir.vsock_socket()).await?;
+            Guest::boot(&request.id, &config, resources.share.exported(), &resources.dir.vsock_socket(), &host).await?;
         let sandbox_request = sandbox_request(&request.id, request.hostname);
         if let Err(error) = guest.agent.create_sandbox(&sandbox_request).await {
             super::guest::console(guest.machine());
@@ -114,6 +161,7 @@ impl Sandbox {
             id: request.id,
             namespace: request.namespace,
             config,
+            host,
             events,
             state: watch::Sender::new(State::Running),
             guest: Mutex::new(Some(Arc::new(guest))),
@@ -125,6 +173,13 @@ impl Sandbox {
         sandbox.watch_machine();
         Ok(sandbox)
     }
+}
+
+/// The process goes under its ceiling, and this thread, which is the service's only one, into its role. Those that help
+/// it to wait are started by it, so they are in it too.
+fn confine(confinement: Confinement) -> Result<(), ConfineError> {
+    seccomp::confine_process(confinement)?;
+    seccomp::take_role(confinement, seccomp::Role::Api)
 }
 
 fn sandbox_request(id: &Id, hostname: String) -> CreateSandboxRequest {

@@ -13,6 +13,7 @@ use super::{TaskService, options};
 use crate::config::Config;
 use crate::container::Container;
 use crate::container::stdio::Streams;
+use crate::helper::Named;
 use crate::ids::Id;
 use crate::log;
 use crate::oci::{self, Role};
@@ -64,7 +65,7 @@ impl TaskService {
         t0: u64,
     ) -> Result<(Arc<Sandbox>, Arc<Container>), ServiceError> {
         let sandbox = match role {
-            Role::Sandbox => self.start_sandbox(&container.id, &container.spec, request, t0).await?,
+            Role::Sandbox => self.start_sandbox(&container, request, t0).await?,
             Role::Member { sandbox } => self
                 .sandbox()
                 .filter(|running| running.id == *sandbox)
@@ -84,11 +85,11 @@ impl TaskService {
 
     async fn start_sandbox(
         &self,
-        id: &Id,
-        spec: &Spec,
+        container: &ContainerRequest,
         request: &CreateTaskRequest,
         t0: u64,
     ) -> Result<Arc<Sandbox>, ServiceError> {
+        let ContainerRequest { id, spec, rootfs, streams, .. } = container;
         if let Some(running) = self.sandbox() {
             return Err(ServiceError::Occupied(running.id.clone()));
         }
@@ -106,9 +107,11 @@ impl TaskService {
             socket: self.socket.clone(),
             hostname: hostname(spec, id),
             cgroup: cgroups_path.and_then(|path| CgroupPath::parse(path.to_str()?)),
+            named: Named { rootfs: rootfs.clone(), logger: streams.logger() },
             t0,
         };
-        let sandbox = Sandbox::start(sandbox_request, config, &self.run_dir, Arc::clone(&self.events)).await?;
+        let (host, events) = (self.host.clone(), Arc::clone(&self.events));
+        let sandbox = Sandbox::start(sandbox_request, config, &self.run_dir, host, events).await?;
         self.set_sandbox(Some(Arc::clone(&sandbox)));
         Ok(sandbox)
     }

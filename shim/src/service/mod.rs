@@ -33,7 +33,7 @@ use crate::events::Publisher;
 use crate::ids::Id;
 use crate::oci;
 use crate::run_dir::RunDir;
-use crate::sandbox::{Sandbox, SandboxError, reported_pid};
+use crate::sandbox::{Host, Sandbox, SandboxError, reported_pid};
 use error::ServiceError;
 
 type Answer<T> = ttrpc::Result<T>;
@@ -47,6 +47,7 @@ pub struct TaskService {
     namespace: String,
     run_dir: RunDir,
     socket: Option<PathBuf>,
+    host: Host,
     events: Arc<Publisher>,
     sandbox: RwLock<Option<Arc<Sandbox>>>,
     /// Held while a sandbox is being started: there is one in a process.
@@ -57,12 +58,13 @@ pub struct TaskService {
 
 impl TaskService {
     /// A service for a namespace of containerd, served on `socket`.
-    pub fn new(namespace: String, run_dir: RunDir, socket: Option<PathBuf>) -> Self {
+    pub fn new(namespace: String, run_dir: RunDir, socket: Option<PathBuf>, host: Host) -> Self {
         let events = Arc::new(Publisher::from_environment(&namespace));
         Self {
             namespace,
             run_dir,
             socket,
+            host,
             events,
             sandbox: RwLock::new(None),
             starting: tokio::sync::Mutex::default(),

@@ -3,6 +3,7 @@
 
 mod containerd;
 mod memory;
+mod processes;
 mod scene;
 mod state;
 mod terminal;
@@ -10,6 +11,7 @@ pub mod trace;
 
 pub use containerd::{Containerd, HOME, Output, unique};
 pub use memory::Pss;
+pub use processes::{Processes, Thread};
 pub use scene::{CONFIGURATION, Parts, Runtime, Scene, configure, containerd, play};
 pub use state::HostState;
 pub use terminal::converse;

@@ -42,7 +42,7 @@ pub(super) struct Loaded {
     initrd: Option<Initrd>,
 }
 
-/// Loads kernel and initrd. Best before KVM knows the memory: it is told of every mapping that is
+/// Loads kernel and initrd. If they are mapped, best before KVM knows the memory: it is told of every mapping that is
 /// replaced in memory that it knows.
 pub(super) fn load(memory: &GuestMemory, config: &BootConfig, placement: Placement) -> Result<Loaded, BootError> {
     let kernel = kernel::load(memory, &config.kernel, placement)?;

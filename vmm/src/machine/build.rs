@@ -1,13 +1,16 @@
 //! Everything up to the guest's first instruction.
 
 use std::io;
+use std::thread;
 
-use kvm_ioctls::VcpuFd;
+use devices::GuestMemory;
+use kvm_ioctls::{Kvm, VcpuFd};
+use linux_loader::cmdline::Cmdline;
 
 use super::Machine;
 use super::assemble::{Assembly, open_kvm};
 use super::attach::AttachError;
-use super::boot::{self, BootError};
+use super::boot::{self, BootError, Loaded};
 use crate::arch::x86_64::{ArchError, cpuid, lapic, layout, msr, regs};
 use crate::config::{MachineConfig, Placement};
 use crate::memory::{self, MemoryError};
@@ -66,8 +69,7 @@ impl Machine {
         let memory = memory::reserve(&config.memory)?;
         // What is mapped over the memory is not in the file that other processes map.
         let images = if config.memory.backing.is_private() { config.images } else { Placement::Copied };
-        let loaded = boot::load(&memory, &config.boot, images)?;
-        let assembly = Assembly::new(config, kvm, memory, &mut cmdline, None)?;
+        let (loaded, assembly) = load_and_assemble(config, images, kvm, memory, &mut cmdline)?;
         let entry = boot::describe(assembly.memory(), size, vcpus, &loaded, &cmdline)?;
 
         let processors = assembly.create_vcpus(vcpus)?;
@@ -78,6 +80,29 @@ impl Machine {
         }
         assembly.finish(processors, (0..vcpus).map(|index| cpuid.entries_of(index)).collect())
     }
+}
+
+/// Copies kernel and initrd on one processor while the devices are made on another: the two are most of what building a
+/// machine takes. Images that are mapped come first, as KVM is told of each mapping in memory that it knows.
+fn load_and_assemble(
+    config: MachineConfig,
+    images: Placement,
+    kvm: Kvm,
+    memory: GuestMemory,
+    cmdline: &mut Cmdline,
+) -> Result<(Loaded, Assembly), BuildError> {
+    let boot = config.boot.clone();
+    if images == Placement::Mapped {
+        let loaded = boot::load(&memory, &boot, images)?;
+        return Ok((loaded, Assembly::new(config, kvm, memory, cmdline, None)?));
+    }
+    let target = memory.clone();
+    thread::scope(|scope| {
+        let loading = scope.spawn(move || boot::load(&target, &boot, images));
+        let assembly = Assembly::new(config, kvm, memory, cmdline, None);
+        let loaded = loading.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        Ok((loaded, assembly?))
+    })
 }
 
 pub(super) fn check_vcpus(vcpus: u8) -> Result<(), BuildError> {

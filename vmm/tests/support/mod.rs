@@ -2,6 +2,7 @@
 
 #![allow(dead_code, reason = "each test binary uses a part")]
 
+pub mod script;
 pub mod virtio;
 
 use std::io::Write;

@@ -3,15 +3,7 @@
 use std::path::PathBuf;
 
 use super::{StdioError, is_fifo};
-
-/// A logging program: `binary:///path?key=value`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Program {
-    /// The program.
-    pub path: PathBuf,
-    /// Its arguments: keys and values of the query in turn.
-    pub arguments: Vec<String>,
-}
+use crate::helper::Program;
 
 /// What a stream is tied to.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -8,8 +8,14 @@ fn fifo(dir: &Path, name: &str) -> String {
     path.to_str().unwrap().to_owned()
 }
 
+/// A helper for logging programs, which ends with its last client.
+fn helper() -> Arc<Helper> {
+    let dir = tempfile::tempdir().unwrap();
+    crate::helper::in_thread(dir.path())
+}
+
 async fn open(streams: &Streams) -> (Stdio, GuestEnds) {
-    Stdio::open(streams, "c", "ns").await.unwrap()
+    Stdio::open(streams, "c", "ns", &helper()).await.unwrap()
 }
 
 fn file(fd: OwnedFd) -> std::fs::File {
@@ -103,6 +109,6 @@ async fn a_logging_program_reads_both_outputs() {
 #[tokio::test]
 async fn a_stream_that_cannot_be_opened_is_named() {
     let streams = Streams { stdout: "fifo:///nonexistent/f".to_owned(), ..Streams::default() };
-    let error = Stdio::open(&streams, "c", "ns").await.unwrap_err();
+    let error = Stdio::open(&streams, "c", "ns", &helper()).await.unwrap_err();
     assert_eq!(error.to_string(), "Cannot open /nonexistent/f as a standard stream");
 }
