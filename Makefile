@@ -66,8 +66,9 @@ e2e: build guest ## Containers through real containerd, in the nested host where
 	$(HOST) setup
 	$(HOST) test
 
-fuzz: setup ## Fuzz what guests, backends and files may say, SECONDS=60 for each target
-	SECONDS_PER_TARGET=$(or $(SECONDS),60) tests/fuzz/run
+fuzz: setup ## Fuzz what guests, backends and files may say, SECONDS=60 for each target, JOBS=1 at a time
+	@deploy/setup fuzz
+	JOBS=$(or $(JOBS),1) SECONDS_PER_TARGET=$(or $(SECONDS),60) tests/fuzz/run
 
 deny: ## Check the licences of everything that is linked (needs cargo-deny)
 	cargo deny check licenses bans sources
