@@ -12,6 +12,8 @@ pub mod config_space;
 pub mod console;
 pub mod device;
 pub mod fs;
+#[cfg(test)]
+mod hostile;
 pub mod interrupt;
 pub mod kernel_vhost;
 pub mod mem;
