@@ -8,6 +8,7 @@
 
 pub mod balloon;
 pub mod blk;
+pub mod complaints;
 pub mod config_space;
 pub mod console;
 pub mod device;
