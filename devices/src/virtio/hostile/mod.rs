@@ -5,6 +5,7 @@
 //! After each wrong a device must have answered or given up, and work again after a reset.
 
 mod chains;
+mod document;
 mod indirect;
 mod lifecycle;
 mod liveness;
