@@ -217,8 +217,15 @@ fn at_index(subject: &mut Subject, mut running: Running, start: u16) -> Running 
     running.guest.transport.park();
     let Ok(mut state) = running.guest.transport.save() else {
         running.guest.transport.unpark();
-        for _ in 0..start {
-            subject.ask(&mut running);
+        let mut left = usize::from(start);
+        while left > 0 {
+            let count = left.min(subject.fill_count(&running));
+            for _ in 0..count {
+                subject.offer(&mut running);
+            }
+            subject.kick(&running);
+            running.wait_used(queue, count);
+            left -= count;
         }
         return running;
     };
