@@ -58,6 +58,8 @@ lint: setup ## Formatting and clippy, where this toolchain has them
 	@if cargo fmt --version >/dev/null 2>&1; then cargo fmt --all --check; else echo "skipped: no rustfmt in this toolchain"; fi
 	@if cargo clippy --version >/dev/null 2>&1; then cargo clippy -q --workspace --all-targets -- -D warnings; \
 	    else echo "skipped: no clippy in this toolchain"; fi
+	@cargo metadata -q --locked --format-version 1 --filter-platform x86_64-unknown-linux-gnu --manifest-path tests/fuzz/Cargo.toml >/dev/null || \
+	    { echo "tests/fuzz/Cargo.lock is not what its crates want: cargo update --workspace --manifest-path tests/fuzz/Cargo.toml" >&2; exit 1; }
 
 unit: setup $(AGENT) ## Unit tests, and tests on this machine's own /dev/kvm where it has one
 	cargo test --workspace
