@@ -58,6 +58,8 @@ lint: setup ## Formatting and clippy, where this toolchain has them
 	@if cargo fmt --version >/dev/null 2>&1; then cargo fmt --all --check; else echo "skipped: no rustfmt in this toolchain"; fi
 	@if cargo clippy --version >/dev/null 2>&1; then cargo clippy -q --workspace --all-targets -- -D warnings; \
 	    else echo "skipped: no clippy in this toolchain"; fi
+	@cargo metadata -q --locked --format-version 1 --filter-platform x86_64-unknown-linux-gnu --manifest-path tests/fuzz/Cargo.toml >/dev/null || \
+	    { echo "tests/fuzz/Cargo.lock is not what its crates want: cargo update --workspace --manifest-path tests/fuzz/Cargo.toml" >&2; exit 1; }
 
 unit: setup $(AGENT) ## Unit tests, and tests on this machine's own /dev/kvm where it has one
 	cargo test --workspace
@@ -66,8 +68,9 @@ e2e: build guest ## Containers through real containerd, in the nested host where
 	$(HOST) setup
 	$(HOST) test
 
-fuzz: setup ## Fuzz what guests, backends and files may say, SECONDS=60 for each target
-	SECONDS_PER_TARGET=$(or $(SECONDS),60) tests/fuzz/run
+fuzz: setup ## Fuzz what guests, backends and files may say, SECONDS=60 for each target, JOBS=1 at a time
+	@deploy/setup fuzz
+	JOBS=$(or $(JOBS),1) SECONDS_PER_TARGET=$(or $(SECONDS),60) tests/fuzz/run
 
 deny: ## Check the licences of everything that is linked (needs cargo-deny)
 	cargo deny check licenses bans sources

@@ -10,9 +10,14 @@
     not(test),
     deny(
         clippy::arithmetic_side_effects,
+        clippy::cast_possible_wrap,
         clippy::expect_used,
         clippy::indexing_slicing,
         clippy::panic,
+        clippy::string_slice,
+        clippy::todo,
+        clippy::unimplemented,
+        clippy::unreachable,
         clippy::unwrap_used
     )
 )]

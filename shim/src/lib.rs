@@ -11,6 +11,21 @@
 //! containerd's shim protocol ([`shim`]); called `stratovirt` it runs a machine with StratoVirt's command line
 //! ([`stratovirt`]); under any other name it is the operator's command ([`operator`]).
 
+// A guest, an image or a client must not end a sandbox's process by what it says.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::panic,
+        clippy::string_slice,
+        clippy::todo,
+        clippy::unimplemented,
+        clippy::unreachable,
+        clippy::unwrap_used
+    )
+)]
+
 mod bootstrap;
 mod cli;
 mod config;

@@ -1,5 +1,8 @@
 //! Which device answers at which address: one map for port I/O, one for memory-mapped I/O.
 
+// A guest chooses the numbers.
+#![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
+
 use std::sync::Arc;
 
 use devices::BusDevice;
@@ -46,7 +49,7 @@ impl Bus {
         let position = self.windows.partition_point(|window| window.base < base);
         let before = position.checked_sub(1).and_then(|position| self.windows.get(position));
         let after = self.windows.get(position);
-        if before.is_some_and(|window| window.base + window.length > base)
+        if before.is_some_and(|window| window.base.saturating_add(window.length) > base)
             || after.is_some_and(|window| window.base < end)
         {
             return Err(BusError::Overlap { base, length });
@@ -77,7 +80,7 @@ impl Bus {
     fn find(&self, address: u64, length: usize) -> Option<(u64, &dyn BusDevice)> {
         let position = self.windows.partition_point(|window| window.base <= address);
         let window = self.windows.get(position.checked_sub(1)?)?;
-        let offset = address - window.base;
+        let offset = address.checked_sub(window.base)?;
         let end = offset.checked_add(length as u64)?;
         (end <= window.length).then_some((offset, &*window.device))
     }

@@ -3,16 +3,22 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use event_manager::{EventManager, RemoteEndpoint, SubscriberId};
 
+use super::eventually;
 use crate::{EventLoop, Subscriber};
+
+/// How long the thread must sleep to count as at rest.
+const REST: Duration = Duration::from_millis(30);
 
 /// A thread that runs subscribers until it is dropped.
 pub struct ThreadLoop {
     endpoint: RemoteEndpoint<Subscriber>,
     stop: Arc<AtomicBool>,
     rounds: Arc<AtomicU64>,
+    refuse: AtomicBool,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -32,12 +38,27 @@ impl ThreadLoop {
             }
         });
         let endpoint = receiver.recv().expect("An endpoint from the thread");
-        Self { endpoint, stop, rounds, thread: Some(thread) }
+        Self { endpoint, stop, rounds, refuse: AtomicBool::new(false), thread: Some(thread) }
     }
 
-    /// How often the thread woke up: it should not grow while nothing happens.
+    /// How often the thread woke up. A wake-up is counted when it ends, which may be after what it did was seen.
     pub fn rounds(&self) -> u64 {
         self.rounds.load(Ordering::Relaxed)
+    }
+
+    /// Waits until nothing wakes the thread any more.
+    #[track_caller]
+    pub fn wait_rest(&self) {
+        eventually("Rest", || {
+            let before = self.rounds();
+            std::thread::sleep(REST);
+            self.rounds() == before
+        });
+    }
+
+    /// Makes the next subscriber be refused, as by a loop that has ended. It is dropped.
+    pub fn refuse_next(&self) {
+        self.refuse.store(true, Ordering::Relaxed);
     }
 
     /// Returns when everything that was readable at the time of the call was looked at once.
@@ -54,6 +75,9 @@ impl Default for ThreadLoop {
 
 impl EventLoop for ThreadLoop {
     fn add(&self, subscriber: Subscriber) -> event_manager::Result<SubscriberId> {
+        if self.refuse.swap(false, Ordering::Relaxed) {
+            return Err(event_manager::Error::InvalidId);
+        }
         self.endpoint.call_blocking(|loop_| Ok(loop_.add_subscriber(subscriber)))
     }
 

@@ -53,7 +53,20 @@ impl Guest {
 
     /// The same, with `writes` for what the device writes.
     pub fn logging(device: Box<dyn VirtioDevice>, memory: GuestMemory, writes: WriteLog) -> Self {
-        let event_loop = Arc::new(ThreadLoop::start());
+        Self::assemble(device, memory, Arc::new(ThreadLoop::start()), writes)
+    }
+
+    /// A machine whose device shares its event loop with those of others.
+    pub fn on_loop(device: Box<dyn VirtioDevice>, memory: GuestMemory, event_loop: Arc<ThreadLoop>) -> Self {
+        Self::assemble(device, memory, event_loop, WriteLog::default())
+    }
+
+    fn assemble(
+        device: Box<dyn VirtioDevice>,
+        memory: GuestMemory,
+        event_loop: Arc<ThreadLoop>,
+        writes: WriteLog,
+    ) -> Self {
         let line = EventFd::new(EFD_NONBLOCK).unwrap();
         let interrupt = Interrupt::new(line.try_clone().unwrap());
         let transport = MmioTransport::new(device, memory.clone(), event_loop.clone(), interrupt).unwrap();

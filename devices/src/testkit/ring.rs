@@ -134,6 +134,11 @@ impl Ring {
     pub fn start_at(&mut self, active: &mut ActiveQueue, idx: u16) {
         active.queue.set_next_avail(idx);
         active.queue.set_next_used(idx);
+        self.go_to(idx);
+    }
+
+    /// Takes the driver's side to `idx`, as after that many chains.
+    pub fn go_to(&mut self, idx: u16) {
         (self.next_avail, self.last_used) = (idx, idx);
         self.set_avail_idx(idx);
         self.memory.store(idx, GuestAddress(self.used + 2), Ordering::Release).unwrap();

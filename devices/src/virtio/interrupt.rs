@@ -7,6 +7,8 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::virtio::complaints::Complaints;
+
 /// The interrupt line of one device, shared by its transport and its active half.
 ///
 /// The event descriptor is wired to the guest by whoever built the machine (a KVM irqfd).
@@ -26,6 +28,7 @@ struct Shared {
     /// Somebody outside this process writes to the line.
     lent: AtomicBool,
     line: EventFd,
+    complaints: Complaints,
 }
 
 impl Interrupt {
@@ -38,8 +41,14 @@ impl Interrupt {
                 config_generation: AtomicU32::new(0),
                 lent: AtomicBool::new(false),
                 line,
+                complaints: Complaints::default(),
             }),
         }
+    }
+
+    /// What the log is told about the driver.
+    pub fn complaints(&self) -> &Complaints {
+        &self.shared.complaints
     }
 
     /// The descriptor that carries the interrupt to the guest.

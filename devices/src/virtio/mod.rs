@@ -8,10 +8,13 @@
 
 pub mod balloon;
 pub mod blk;
+pub mod complaints;
 pub mod config_space;
 pub mod console;
 pub mod device;
 pub mod fs;
+#[cfg(test)]
+mod hostile;
 pub mod interrupt;
 pub mod kernel_vhost;
 pub mod mem;

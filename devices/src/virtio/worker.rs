@@ -1,10 +1,11 @@
 //! The active half of a device whose only input is its queue.
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
-use tracing::{error, warn};
+use tracing::error;
 use virtio_queue::Queue;
 
 use crate::virtio::Interrupt;
+use crate::virtio::complaints::STOPS;
 use crate::virtio::queue::{Chain, QueueError, VirtQueue};
 use crate::{ActiveHalf, GuestMemory};
 
@@ -35,8 +36,7 @@ impl<H: ChainHandler> QueueWorker<H> {
             Ok(true) => self.interrupt.used_buffers(),
             Ok(false) => {}
             Err(reason) => {
-                let reason = &reason as &dyn std::error::Error;
-                warn!(device = self.name, reason, "The device stops until the driver resets it");
+                self.interrupt.complaints().tell(self.name, &reason, STOPS);
                 // Not looked at again: the queue is in a state that nobody can explain.
                 let _ = ops.remove(Events::empty(self.queue.kick()));
                 self.interrupt.needs_reset();

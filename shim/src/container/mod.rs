@@ -1,5 +1,8 @@
 //! A container and its processes, as the shim knows them. What really runs is in the guest.
 
+// A guest chooses the numbers.
+#![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
+
 pub mod state;
 pub mod stdio;
 

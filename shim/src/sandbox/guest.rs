@@ -283,7 +283,8 @@ fn last_lines(text: &str) -> String {
         return "(nothing)".to_owned();
     }
     let (fewest, most) = QUOTED_LINES.into_inner();
-    let after_panic = lines.iter().rposition(|line| line.contains(PANIC)).map_or(0, |position| lines.len() - position);
+    let after_panic =
+        lines.iter().rposition(|line| line.contains(PANIC)).map_or(0, |position| lines.len().saturating_sub(position));
     let quoted = after_panic.clamp(fewest, most);
     lines.get(lines.len().saturating_sub(quoted)..).unwrap_or_default().join("\n")
 }

@@ -1,12 +1,54 @@
 //! The agent's log, one JSON record a line, forwarded to the shim's.
 
 use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value};
 use tokio::io::{AsyncBufReadExt, BufReader};
 
 /// The guest is not trusted to end its lines: a longer one is cut.
 const MAX_RECORD: usize = 8 << 10;
+
+/// Records that are passed on in each [`WINDOW`]. A sandbox says a few dozen when it starts and hardly anything later; a
+/// guest that floods must not fill the host's disk.
+const MAX_RECORDS: u32 = 1000;
+
+/// The time in which no more than [`MAX_RECORDS`] are passed on.
+const WINDOW: Duration = Duration::from_secs(60);
+
+/// Counts what a guest says.
+#[derive(Debug, Default)]
+struct Allowance {
+    since: Option<Instant>,
+    told: u32,
+    untold: u64,
+}
+
+impl Allowance {
+    /// Whether a record may be passed on at this time; then how many were not since the last that was.
+    fn admit(&mut self, now: Instant) -> Option<u64> {
+        if self.since.is_none_or(|since| now.saturating_duration_since(since) >= WINDOW) {
+            (self.since, self.told) = (Some(now), 0);
+        }
+        if self.told >= MAX_RECORDS {
+            self.untold = self.untold.saturating_add(1);
+            return None;
+        }
+        self.told = self.told.saturating_add(1);
+        Some(std::mem::take(&mut self.untold))
+    }
+
+    fn pass(&mut self, record: &[u8]) {
+        match self.admit(Instant::now()) {
+            Some(0) => emit(record),
+            Some(untold) => {
+                tracing::warn!(untold, "The guest said more than is written down");
+                emit(record);
+            }
+            None => {}
+        }
+    }
+}
 
 /// Forwards records from `stream` until it ends. Must be called within a tokio runtime.
 pub fn forward(stream: UnixStream) {
@@ -21,6 +63,7 @@ pub fn forward(stream: UnixStream) {
 
 async fn forward_all(mut reader: impl AsyncBufReadExt + Unpin) {
     let mut record = Vec::new();
+    let mut allowance = Allowance::default();
     while let Ok(available) = reader.fill_buf().await {
         if available.is_empty() {
             break;
@@ -29,15 +72,15 @@ async fn forward_all(mut reader: impl AsyncBufReadExt + Unpin) {
         let part = available.get(..end.unwrap_or(available.len())).unwrap_or_default();
         let room = MAX_RECORD.saturating_sub(record.len());
         record.extend_from_slice(part.get(..room.min(part.len())).unwrap_or_default());
-        let used = part.len() + usize::from(end.is_some());
+        let used = part.len().saturating_add(usize::from(end.is_some()));
         reader.consume(used);
         if end.is_some() {
-            emit(&record);
+            allowance.pass(&record);
             record.clear();
         }
     }
     if !record.is_empty() {
-        emit(&record);
+        allowance.pass(&record);
     }
 }
 
@@ -79,6 +122,17 @@ mod tests {
         let (level, text) = render(br#"{"ts":"x","level":"warn","msg":"Hello there","container":"c","n":1}"#);
         assert_eq!((level.as_str(), text.as_str()), ("warn", r#"Hello there container="c" n=1"#));
         assert_eq!(render(b"plain \xff"), ("info".to_owned(), "plain \u{fffd}".to_owned()));
+    }
+
+    #[test]
+    fn records_are_passed_on_up_to_their_limit_and_not_one_past_it() {
+        let mut allowance = Allowance::default();
+        let start = Instant::now();
+        for _ in 0..MAX_RECORDS {
+            assert_eq!(allowance.admit(start), Some(0));
+        }
+        assert_eq!(allowance.admit(start + WINDOW - Duration::from_nanos(1)), None);
+        assert_eq!(allowance.admit(start + WINDOW), Some(1));
     }
 
     #[tokio::test]

@@ -7,6 +7,9 @@
 //! | `process` | start, wait, signal, add |
 //! | `stop` | end the machine, give everything back |
 
+// A guest chooses the numbers.
+#![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
+
 pub mod agent;
 mod create;
 mod first_output;

@@ -1,6 +1,9 @@
 //! A container's figures in the form that containerd and `ctr task metrics` know: control groups of version 2, as the
 //! guest has them.
 
+// A guest chooses the numbers.
+#![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
+
 use agent_proto::agent::{BlkioStats, CgroupStats, StatsContainerResponse};
 use containerd_shim_protos::cgroups_v2::metrics::{
     CPUStat, HugeTlbStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, NetworkStat, PidsStat,
@@ -113,7 +116,7 @@ fn io(blkio: &BlkioStats) -> IOStat {
             let known = entries.iter().position(|entry| (entry.major, entry.minor) == (item.major, item.minor));
             let index = known.unwrap_or_else(|| {
                 entries.push(IOEntry { major: item.major, minor: item.minor, ..IOEntry::default() });
-                entries.len() - 1
+                entries.len().saturating_sub(1)
             });
             let Some(entry) = entries.get_mut(index) else { continue };
             match (item.op.to_ascii_lowercase().as_str(), is_bytes) {

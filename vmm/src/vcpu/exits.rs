@@ -1,5 +1,8 @@
 //! One entry into the guest and what came of it.
 
+// A guest chooses the numbers.
+#![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
+
 use std::io;
 use std::sync::Arc;
 

@@ -14,6 +14,7 @@ use super::layout::{DEFLATE, INFLATE, Layout, QUEUES};
 use super::reclaim::discard;
 use super::stats::{GuestStats, MAX_STATS, STAT_SIZE};
 use crate::ActiveHalf;
+use crate::virtio::complaints::STOPS;
 use crate::virtio::queue::{Chain, QueueError, VirtQueue};
 use crate::virtio::{ActivateError, Activation, Interrupt};
 
@@ -165,8 +166,7 @@ impl Engine {
             Ok(true) => self.interrupt.used_buffers(),
             Ok(false) => {}
             Err(reason) => {
-                let reason = &reason as &dyn std::error::Error;
-                warn!(device = "balloon", reason, "The device stops until the driver resets it");
+                self.interrupt.complaints().tell("balloon", &reason, STOPS);
                 self.stop(ops);
             }
         }

@@ -1,13 +1,14 @@
 //! The active half of a block device: from the queues to the engine and back.
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
-use tracing::{debug, error, warn};
+use tracing::{debug, error};
 use virtio_queue::Queue;
 
 use super::engine::{Completion, MAX_IN_FLIGHT, SharedEngine, lock};
 use super::metrics::{BlkMetrics, RequestKind};
 use super::request::{Action, Requests, Status, answer};
 use crate::ActiveHalf;
+use crate::virtio::complaints::STOPS;
 use crate::virtio::queue::{CHAINS_PER_WAKE_UP, Chain, QueueError, VirtQueue};
 use crate::virtio::rate_limiter::RateLimiter;
 use crate::virtio::{Activation, ActiveQueue, Interrupt};
@@ -202,8 +203,7 @@ impl Worker {
     /// Ends the work on all queues after a mistake of the driver.
     fn end_on_error(&mut self, result: Result<(), QueueError>, ops: &mut EventOps) {
         let Err(reason) = result else { return };
-        let reason = &reason as &dyn std::error::Error;
-        warn!(device = "blk", reason, "The device stops until the driver resets it");
+        self.interrupt.complaints().tell("blk", &reason, STOPS);
         // Not looked at again: a queue is in a state that nobody can explain.
         for queue in self.queues.iter().filter_map(|queue| queue.queue.as_ref()) {
             let _ = ops.remove(Events::empty(queue.kick()));
@@ -255,8 +255,7 @@ impl ActiveHalf for Worker {
     fn park(mut self: Box<Self>) -> Vec<Option<Queue>> {
         lock(&self.engine).drain(&mut self.completions);
         if let Err(reason) = self.complete().and_then(|()| self.notify()) {
-            let reason = &reason as &dyn std::error::Error;
-            warn!(device = "blk", reason, "The device stops until the driver resets it");
+            self.interrupt.complaints().tell("blk", &reason, STOPS);
             self.interrupt.needs_reset();
         }
         std::mem::take(&mut self.queues).into_iter().map(|queue| queue.queue.map(|queue| queue.park(0))).collect()

@@ -3,13 +3,14 @@
 use std::sync::Arc;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
-use tracing::{debug, error, warn};
+use tracing::{debug, error};
 use virtio_queue::Queue;
 
 use super::config::{F_MULTIPORT, PortInfo};
 use super::control::{MESSAGE_SIZE, Said, Saying};
 use super::port::{Port, SOURCES, TOKENS_PER_PORT};
 use crate::ActiveHalf;
+use crate::virtio::complaints::STOPS;
 use crate::virtio::queue::{QueueError, VirtQueue};
 use crate::virtio::{ActivateError, Activation, Interrupt};
 
@@ -232,8 +233,7 @@ impl MutEventSubscriber for Engine {
 
     fn process(&mut self, events: Events, ops: &mut EventOps) {
         if let Err(reason) = self.serve(events.data(), ops) {
-            let reason = &reason as &dyn std::error::Error;
-            warn!(device = "console", reason, "The device stops until the driver resets it");
+            self.interrupt.complaints().tell("console", &reason, STOPS);
             self.stop(ops);
         }
     }

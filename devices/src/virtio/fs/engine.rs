@@ -7,12 +7,13 @@ use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use fuse_backend_rs::abi::fuse_abi::{InHeader, Opcode, OutHeader};
 use fuse_backend_rs::api::server::{MAX_BUFFER_SIZE, Server};
 use fuse_backend_rs::transport::{Reader, VirtioFsWriter, Writer};
-use tracing::{debug, error, warn};
+use tracing::{debug, error};
 use virtio_queue::{DescriptorChain, Queue};
 use vm_memory::ByteValued;
 
 use super::pool::{Answered, Class, Job, Pool};
 use super::share::Share;
+use crate::virtio::complaints::STOPS;
 use crate::virtio::queue::{CHAINS_PER_WAKE_UP, QueueError, VirtQueue};
 use crate::virtio::{Activation, Interrupt};
 use crate::{ActiveHalf, GuestMemory};
@@ -108,8 +109,7 @@ impl Engine {
     /// The queue is in a state that nobody can explain: it is not looked at again.
     fn give_up(&mut self, index: usize, reason: &QueueError, ops: &mut EventOps) {
         let Some(queue) = self.queues.get_mut(index).and_then(Option::take) else { return };
-        let reason = reason as &dyn std::error::Error;
-        warn!(device = "fs", reason, "The device stops until the driver resets it");
+        self.interrupt.complaints().tell("fs", reason, STOPS);
         let _ = ops.remove(Events::empty(queue.kick()));
         self.interrupt.needs_reset();
     }

@@ -9,6 +9,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::blocks::Blocks;
 use super::{MemError, PluggableMemory};
 use crate::virtio::Interrupt;
+use crate::virtio::complaints::Complaints;
 
 /// Where the region is and what it is made of.
 #[derive(Clone, Copy, Debug)]
@@ -44,6 +45,7 @@ impl Region {
 pub(super) struct Shared {
     pub(super) region: Region,
     pub(super) memory: Box<dyn PluggableMemory>,
+    pub(super) complaints: Complaints,
     state: Mutex<State>,
     /// For the host: the guest has plugged or unplugged something.
     changed: EventFd,
@@ -60,7 +62,8 @@ impl Shared {
     pub(super) fn new(region: Region, requested: u64, memory: Box<dyn PluggableMemory>) -> io::Result<Self> {
         let blocks = Blocks::new(region.blocks(region.size));
         let state = Mutex::new(State { blocks, requested, interrupt: None });
-        Ok(Self { region, memory, state, changed: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)? })
+        let complaints = Complaints::default();
+        Ok(Self { region, memory, complaints, state, changed: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)? })
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use tracing::{debug, warn};
+use tracing::debug;
 
 use super::blocks::{BlockState, Blocks, MAX_RUNS};
 use super::handle::Shared;
@@ -65,7 +65,7 @@ impl Handler {
         }
         let (offset, len) = self.shared.region.bytes(&range);
         if let Err(error) = self.shared.memory.plug(offset, len) {
-            warn!(device = "mem", %error, "Memory cannot be plugged");
+            self.shared.complaints.tell("mem", &error, "Memory cannot be plugged");
             return Answer::Busy;
         }
         state.blocks.set(range, true);
@@ -84,7 +84,7 @@ impl Handler {
         }
         let (offset, len) = self.shared.region.bytes(&range);
         if let Err(error) = self.shared.memory.unplug(offset, len) {
-            warn!(device = "mem", %error, "Memory cannot be unplugged");
+            self.shared.complaints.tell("mem", &error, "Memory cannot be unplugged");
             return Answer::Busy;
         }
         state.blocks.set(range, false);
@@ -96,7 +96,7 @@ impl Handler {
         let mut state = self.shared.lock();
         let (offset, len) = self.shared.region.bytes(&(0..state.blocks.count()));
         if let Err(error) = self.shared.memory.unplug(offset, len) {
-            warn!(device = "mem", %error, "Memory cannot be unplugged");
+            self.shared.complaints.tell("mem", &error, "Memory cannot be unplugged");
             return Answer::Busy;
         }
         state.blocks.clear();

@@ -18,7 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use event_manager::SubscriberId;
 use libc::EFD_CLOEXEC;
-use tracing::{debug, error, warn};
+use tracing::{debug, error};
 use virtio_bindings::virtio_config::VIRTIO_CONFIG_S_NEEDS_RESET;
 use virtio_bindings::virtio_mmio::*;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -224,8 +224,7 @@ impl MmioTransport {
         match self.try_activate(registers) {
             Ok(id) => registers.active = Some(id),
             Err(reason) => {
-                let reason = &reason as &dyn std::error::Error;
-                warn!(device = self.device_type, reason, "The device is not activated");
+                self.interrupt.complaints().tell(self.device_type, &reason, "The device is not activated");
                 self.interrupt.needs_reset();
             }
         }

@@ -149,3 +149,49 @@ impl Part {
         Ok(GuestAddress(addr))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::testkit::{HIGH_REGION, REGION_SIZE, memory};
+
+    /// Addresses about the edges of the two regions, and any others.
+    fn addr() -> impl Strategy<Value = u64> {
+        let edge = prop::sample::select(vec![0, 0x1000, REGION_SIZE, HIGH_REGION, HIGH_REGION + REGION_SIZE, u64::MAX]);
+        prop_oneof![8 => (edge, -600..600_i64).prop_map(|(edge, by)| edge.saturating_add_signed(by)), 1 => any::<u64>()]
+    }
+
+    fn fits(addr: u64, align: u64, len: u64) -> bool {
+        let within = |start| addr >= start && addr.checked_add(len).is_some_and(|end| end <= start + REGION_SIZE);
+        addr != 0 && addr.is_multiple_of(align) && (within(0) || within(HIGH_REGION))
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(5000))]
+
+        #[test]
+        fn a_queue_is_built_of_what_the_specification_allows_and_of_nothing_else(
+            size in prop_oneof![0..40_u32, any::<u32>()],
+            addrs in (addr(), addr(), addr()),
+            aligned in any::<bool>(),
+        ) {
+            thread_local!(static MEMORY: GuestMemory = memory());
+            let align = |addr: u64, to: u64| if aligned { addr & !(to - 1) } else { addr };
+            let (descriptors, avail, used) = (align(addrs.0, 16), align(addrs.1, 2), align(addrs.2, 4));
+            let setup = QueueSetup { size, descriptors, avail, used, ..QueueSetup::new(32) };
+            let built = MEMORY.with(|memory| setup.build(memory));
+            // Sizes of section 2.7.
+            let entries = u64::from(size);
+            let expected = [1, 2, 4, 8, 16, 32].contains(&size)
+                && fits(descriptors, 16, 16 * entries)
+                && fits(avail, 2, 6 + 2 * entries)
+                && fits(used, 4, 6 + 8 * entries);
+            prop_assert_eq!(built.is_ok(), expected, "{:?}", built.err());
+            if let Ok(queue) = built {
+                prop_assert_eq!((queue.desc_table(), queue.avail_ring(), queue.used_ring()), (descriptors, avail, used));
+            }
+        }
+    }
+}

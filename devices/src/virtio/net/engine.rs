@@ -14,6 +14,7 @@ use super::tap::Tap;
 use super::tx::Transmitter;
 use crate::ActiveHalf;
 use crate::virtio::Interrupt;
+use crate::virtio::complaints::STOPS;
 use crate::virtio::queue::{QueueError, VirtQueue};
 use crate::virtio::rate_limiter::RateLimiter;
 
@@ -237,8 +238,7 @@ impl Engine {
 
     fn settle(&mut self, result: Result<(), QueueError>, ops: &mut EventOps) {
         let Err(reason) = result else { return };
-        let reason = &reason as &dyn std::error::Error;
-        warn!(device = "net", reason, "The device stops until the driver resets it");
+        self.interrupt.complaints().tell("net", &reason, STOPS);
         self.stop(ops);
     }
 }

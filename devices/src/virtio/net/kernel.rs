@@ -4,12 +4,13 @@
 use std::sync::Arc;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
-use tracing::{error, warn};
+use tracing::error;
 use virtio_queue::Queue;
 
 use super::engine::{ControlQueue, spread};
 use super::shared::Shared;
 use super::tap::Tap;
+use crate::virtio::complaints::STOPS;
 use crate::virtio::kernel_vhost::{KernelRings, KernelVhost};
 use crate::virtio::{ActivateError, ActiveQueue, Interrupt};
 use crate::{ActiveHalf, GuestMemory};
@@ -74,7 +75,7 @@ impl KernelEngine {
     }
 
     fn stop(&mut self, reason: &(dyn std::error::Error + 'static), ops: &mut EventOps) {
-        warn!(device = "net", reason, "The device stops until the driver resets it");
+        self.interrupt.complaints().tell("net", reason, STOPS);
         for rings in &self.pairs {
             let _ = ops.remove(Events::empty(rings.error()));
         }

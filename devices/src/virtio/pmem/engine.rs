@@ -4,11 +4,12 @@ use std::fs::File;
 use std::sync::Arc;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
-use tracing::{error, warn};
+use tracing::error;
 use virtio_queue::Queue;
 
 use crate::ActiveHalf;
 use crate::virtio::Interrupt;
+use crate::virtio::complaints::STOPS;
 use crate::virtio::queue::{CHAINS_PER_WAKE_UP, Chain, QueueError, VirtQueue};
 
 /// The one request there is (section 5.19.6).
@@ -73,7 +74,7 @@ impl Engine {
         match self.file.as_ref().map(|file| file.sync_data()) {
             None | Some(Ok(())) => OK,
             Some(Err(error)) => {
-                warn!(device = "pmem", %error, "What the guest wrote is not durable");
+                self.interrupt.complaints().tell("pmem", &error, "What the guest wrote is not durable");
                 FAILED
             }
         }
@@ -84,8 +85,7 @@ impl Engine {
             Ok(true) => self.interrupt.used_buffers(),
             Ok(false) => {}
             Err(reason) => {
-                let reason = &reason as &dyn std::error::Error;
-                warn!(device = "pmem", reason, "The device stops until the driver resets it");
+                self.interrupt.complaints().tell("pmem", &reason, STOPS);
                 let _ = ops.remove(Events::empty(self.queue.kick()));
                 self.interrupt.needs_reset();
             }

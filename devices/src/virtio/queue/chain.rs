@@ -17,6 +17,42 @@ pub(super) struct Segment {
     len: u32,
 }
 
+/// The descriptor table of a queue, or one that a descriptor refers to (section 2.7.5.3).
+struct Table {
+    addr: u64,
+    /// Entries.
+    len: u16,
+    is_indirect: bool,
+}
+
+impl Table {
+    fn of(queue: &Queue) -> Self {
+        Self { addr: queue.desc_table(), len: queue.size(), is_indirect: false }
+    }
+
+    fn read(&self, memory: &GuestMemory, index: u16) -> Result<Descriptor, QueueError> {
+        if index >= self.len {
+            return Err(QueueError::DescriptorIndex(index));
+        }
+        let offset = u64::from(index).saturating_mul(DESCRIPTOR_SIZE);
+        let addr = GuestAddress(self.addr.wrapping_add(offset));
+        memory.read_obj(addr).map_err(|source| QueueError::Memory { addr: addr.0, len: DESCRIPTOR_SIZE, source })
+    }
+
+    /// The table that `descriptor`, the one at `index` here, refers to. It is the last of its chain, there is one such
+    /// table in it, and that is no longer than the queue (section 2.7.5.3.1).
+    fn referred_to(&self, descriptor: &Descriptor, index: u16, queue: &Queue) -> Result<Self, QueueError> {
+        let malformed = || QueueError::IndirectTable(index);
+        let bytes = u64::from(descriptor.len());
+        let len = bytes.checked_div(DESCRIPTOR_SIZE).and_then(|len| u16::try_from(len).ok()).ok_or_else(malformed)?;
+        let is_whole = bytes.is_multiple_of(DESCRIPTOR_SIZE) && (1..=queue.size()).contains(&len);
+        if self.is_indirect || descriptor.has_next() || !is_whole {
+            return Err(malformed());
+        }
+        Ok(Self { addr: descriptor.addr().0, len, is_indirect: true })
+    }
+}
+
 /// A chain of buffers that the driver made available.
 ///
 /// Each descriptor was copied from guest memory once and checked: the chain ends, its length fits
@@ -37,18 +73,25 @@ impl Chain {
     pub(super) fn parse(
         memory: &GuestMemory,
         queue: &Queue,
+        indirect: bool,
         head: u16,
         mut segments: Vec<Segment>,
     ) -> Result<Self, QueueError> {
         segments.clear();
         let mut chain = Self { head, segments, readable: 0, readable_len: 0, total_len: 0 };
         let mut writable = false;
+        let mut table = Table::of(queue);
         let mut index = head;
-        // A chain cannot have more descriptors than the table, unless it has a loop.
-        for _ in 0..queue.size() {
-            let descriptor = read_descriptor(memory, queue, index)?;
+        // A chain cannot have more descriptors than the queue, and one that refers to others, unless it has a loop.
+        for _ in 0..=queue.size() {
+            let descriptor = table.read(memory, index)?;
             if descriptor.refers_to_indirect_table() {
-                return Err(QueueError::Indirect(index));
+                if !indirect {
+                    return Err(QueueError::Indirect(index));
+                }
+                table = table.referred_to(&descriptor, index, queue)?;
+                index = 0;
+                continue;
             }
             if writable && !descriptor.is_write_only() {
                 return Err(QueueError::Order(index));
@@ -207,15 +250,6 @@ impl<'a> Segments<'a> {
             (len > 0).then_some((addr, len))
         })
     }
-}
-
-fn read_descriptor(memory: &GuestMemory, queue: &Queue, index: u16) -> Result<Descriptor, QueueError> {
-    if index >= queue.size() {
-        return Err(QueueError::DescriptorIndex(index));
-    }
-    let offset = u64::from(index).saturating_mul(DESCRIPTOR_SIZE);
-    let addr = GuestAddress(queue.desc_table().wrapping_add(offset));
-    memory.read_obj(addr).map_err(|source| QueueError::Memory { addr: addr.0, len: DESCRIPTOR_SIZE, source })
 }
 
 fn memory_error(addr: GuestAddress, len: u32, source: GuestMemoryError) -> QueueError {

@@ -5,13 +5,15 @@
 mod buffers;
 mod chain;
 #[cfg(test)]
+mod model;
+#[cfg(test)]
 mod tests;
 
 use std::num::Wrapping;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
-use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VRING_AVAIL_F_NO_INTERRUPT};
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, VRING_AVAIL_F_NO_INTERRUPT};
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 use vmm_sys_util::eventfd::EventFd;
@@ -24,9 +26,7 @@ use crate::GuestMemory;
 use crate::virtio::{ActiveQueue, WriteLog};
 
 /// Ring feature bits that [`VirtQueue`] implements; a device offers them beside its own.
-///
-/// Indirect descriptors are not among them, and are refused when a driver uses them all the same.
-pub const RING_FEATURES: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
+pub const RING_FEATURES: u64 = 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
 
 /// Chains that one wake-up of a queue may serve. The rest waits until the other devices of the
 /// loop had their turn.
@@ -59,6 +59,9 @@ pub enum QueueError {
     /// An indirect table although the feature was not negotiated (section 2.7.5.3.1).
     #[error("Descriptor {0} is indirect, which was not negotiated")]
     Indirect(u16),
+    /// An indirect table of another size than the specification says, or one that refers to another.
+    #[error("The indirect table of descriptor {0} is malformed")]
+    IndirectTable(u16),
     /// The buffers of a chain add up to more than 32 bits can count (section 2.7.5.2).
     #[error("The chain that starts at descriptor {0} has 4 GiB or more")]
     TooLong(u16),
@@ -83,6 +86,8 @@ pub struct VirtQueue {
     queue: Queue,
     kick: EventFd,
     memory: GuestMemory,
+    /// Whether chains may refer to indirect tables.
+    indirect: bool,
     /// `used.idx` when the driver was last told.
     signalled: Wrapping<u16>,
     /// The segment list of a completed chain, for the next one to be read into.
@@ -97,7 +102,8 @@ impl VirtQueue {
         queue.set_event_idx(acked_features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0);
         let signalled = Wrapping(queue.next_used());
         writes.mark(GuestAddress(queue.used_ring()), used_ring_len(queue.size()));
-        Self { queue, kick, memory: memory.clone(), signalled, spare: Vec::new(), writes }
+        let indirect = acked_features & (1 << VIRTIO_RING_F_INDIRECT_DESC) != 0;
+        Self { queue, kick, memory: memory.clone(), indirect, signalled, spare: Vec::new(), writes }
     }
 
     /// Readable when the driver notified the queue, or when [`serve`](Self::serve) left work.
@@ -145,7 +151,7 @@ impl VirtQueue {
         };
         let head = head.head_index();
         let spare = std::mem::take(&mut self.spare);
-        let chain = Chain::parse(&self.memory, &self.queue, head, spare)?;
+        let chain = Chain::parse(&self.memory, &self.queue, self.indirect, head, spare)?;
         self.note(&chain);
         Ok(Some(chain))
     }
@@ -161,7 +167,7 @@ impl VirtQueue {
         let next = self.queue.iter(Arc::clone(memory)).map_err(QueueError::AvailRing)?.next();
         if let Some(chain) = &next {
             let spare = std::mem::take(&mut self.spare);
-            let checked = Chain::parse(&self.memory, &self.queue, chain.head_index(), spare)?;
+            let checked = Chain::parse(&self.memory, &self.queue, self.indirect, chain.head_index(), spare)?;
             self.note(&checked);
             self.spare = checked.into_storage();
         }

@@ -5,11 +5,12 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
-use tracing::{debug, error, warn};
+use tracing::{debug, error};
 use virtio_queue::Queue;
 
 use super::MAX_REQUEST;
 use crate::virtio::Interrupt;
+use crate::virtio::complaints::STOPS;
 use crate::virtio::queue::{CHAINS_PER_WAKE_UP, Chain, QueueError, VirtQueue};
 use crate::virtio::rate_limiter::RateLimiter;
 use crate::{ActiveHalf, GuestMemory};
@@ -58,8 +59,7 @@ impl Engine {
             Ok(true) => self.interrupt.used_buffers(),
             Ok(false) => {}
             Err(reason) => {
-                let reason = &reason as &dyn std::error::Error;
-                warn!(device = "rng", reason, "The device stops until the driver resets it");
+                self.interrupt.complaints().tell("rng", &reason, STOPS);
                 let _ = ops.remove(Events::empty(self.queue.kick()));
                 let _ = ops.remove(Events::empty(&self.limiter));
                 self.interrupt.needs_reset();

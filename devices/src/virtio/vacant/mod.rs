@@ -7,7 +7,7 @@
 mod tests;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
-use tracing::{error, warn};
+use tracing::error;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_S_IOERR,
 };
@@ -18,6 +18,7 @@ use virtio_bindings::virtio_net::{
 };
 use virtio_queue::Queue;
 
+use crate::virtio::complaints::STOPS;
 use crate::virtio::queue::{Chain, QueueError, RING_FEATURES, VirtQueue};
 use crate::virtio::{
     ActivateError, Activation, DeviceState, Interrupt, RestoreError, SaveError, VirtioDevice, config_space,
@@ -126,9 +127,8 @@ impl Refuser {
             Ok(true) => self.interrupt.used_buffers(),
             Ok(false) => {}
             Err(reason) => {
-                let reason = &reason as &dyn std::error::Error;
-                warn!(device = "vacant", reason, "The device stops until the driver resets it");
                 let _ = ops.remove(Events::empty(queue.kick()));
+                self.interrupt.complaints().tell("vacant", &reason, STOPS);
                 self.interrupt.needs_reset();
             }
         }

@@ -23,7 +23,7 @@ mod resume;
 mod rings;
 mod session;
 #[cfg(test)]
-mod tests;
+pub(in crate::virtio) mod tests;
 
 use std::path::PathBuf;
 use std::time::Duration;

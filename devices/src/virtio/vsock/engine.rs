@@ -14,6 +14,7 @@ use super::muxer::{MAX_TOKEN, Muxer, Watch};
 use super::packet::{HEADER_LEN, HEADER_SIZE, Header};
 use super::uds::UdsServer;
 use super::{Parking, TransportReset};
+use crate::virtio::complaints::STOPS;
 use crate::virtio::queue::{Chain, QueueError, VirtQueue};
 use crate::virtio::{ActivateError, Activation, Interrupt};
 use crate::{ActiveHalf, GuestMemory};
@@ -140,8 +141,7 @@ impl Engine {
     /// Moves packets both ways until nothing can move or the budget is used up.
     fn pump(&mut self, ops: &mut EventOps) {
         if let Err(reason) = self.end_reset(ops).and_then(|()| self.try_pump(&mut Registrar(ops))) {
-            let reason = &reason as &dyn std::error::Error;
-            warn!(device = "vsock", reason, "The device stops until the driver resets it");
+            self.interrupt.complaints().tell("vsock", &reason, STOPS);
             self.stop(ops);
         }
     }

@@ -5,6 +5,9 @@ use vm_memory::{Bytes, GuestAddress};
 use super::*;
 use crate::testkit::Meanwhile;
 
+/// Room for a large read.
+const LARGE_DATA: u64 = 0x10_0000;
+
 /// Sends a chain that no device can answer, and expects it to give up.
 fn expect_needs_reset(buffers: &[Buffer]) {
     let mut running = start(&file(), false);
@@ -115,27 +118,31 @@ fn a_drive_that_shrinks_gives_errors_not_faults() {
     assert_eq!(request(&mut running, READ, 1, &data).0, IOERR);
 }
 
+/// CVE-2026-45782. The reads are so large that they last: what is not waited for is caught writing.
 #[test]
 fn a_reset_under_load_leaves_memory_alone_and_the_device_works_after_it() {
+    const LARGE: u32 = 1 << 20;
+    const MINE: [u8; LARGE as usize] = [0xee; LARGE as usize];
     let file = file();
+    file.set_len(u64::from(LARGE)).unwrap();
     for turn in 0..30 {
         let engine = ENGINES[turn % ENGINES.len()];
         let mut running = start_config(BlkConfig { engine, ..config(&file) });
-        write_header(&running.guest, READ, 1);
+        write_header(&running.guest, READ, 0);
         for _ in 0..80 {
             running.rings[0].offer(&[
                 Buffer::readable(HEADER, 16),
-                Buffer::writable(DATA, 512),
+                Buffer::writable(LARGE_DATA, LARGE),
                 Buffer::writable(STATUS, 1),
             ]);
         }
         running.guest.kick(0);
         running.guest.set_status(0);
         let used = running.rings[0].used_idx();
-        running.guest.poke(DATA, &[0xee; 512]);
+        running.guest.poke(LARGE_DATA, &MINE);
         running.guest.event_loop.settle();
+        assert!(running.guest.peek(LARGE_DATA, MINE.len()) == MINE, "{engine:?} writes after the reset");
         assert_eq!(running.rings[0].used_idx(), used);
-        assert_eq!(running.guest.peek(DATA, 512), [0xee; 512]);
 
         let mut running = running.guest.start(ALL);
         assert_eq!(request(&mut running, FLUSH, 0, &[]), (OK, 1));

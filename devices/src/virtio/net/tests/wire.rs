@@ -205,11 +205,7 @@ impl Wire {
 
     /// The loop sleeps: it does not spin on something that nobody takes away.
     pub fn assert_idle(&self) {
-        self.event_loop.settle();
-        let before = self.event_loop.rounds();
-        std::thread::sleep(Duration::from_millis(50));
-        let woken = self.event_loop.rounds() - before;
-        assert!(woken <= 2, "The loop woke {woken} times");
+        self.event_loop.wait_rest();
     }
 }
 

@@ -76,6 +76,12 @@ fn make(config: VhostUserConfig) -> Result<VhostUser, VhostUserError> {
     VhostUser::new(config, &crate::testkit::memory(), Confinement::On)
 }
 
+/// Makes devices with a friendly backend.
+pub fn friendly() -> impl FnMut() -> VhostUser {
+    let backend = Backend::new(Script::default());
+    move || make(blk(&backend.socket())).unwrap()
+}
+
 /// A device with `backend`, up and running with `FLUSH`.
 fn start(backend: &Backend) -> Running {
     start_with(blk(&backend.socket()))
