@@ -4,6 +4,7 @@
 mod containerd;
 mod memory;
 mod scene;
+pub mod standalone;
 mod state;
 mod terminal;
 pub mod trace;
