@@ -33,10 +33,12 @@ bench: build guest ## Measure, print tables, and write docs/performance.md
 guest: setup ## Build the guest's kernel and initrds (cached by content)
 	guest/kernel/build --out $(GUEST)
 	guest/kernel/check-cuts $(GUEST)/kernel-config
+	guest/tools/build --out $(GUEST)
 	$(MAKE) --no-print-directory $(AGENT)
 	cargo build -q --release -p guest-image
-	for flavour in minimal full; do \
-	    target/release/inlay-image --manifest guest/image/manifests/$$flavour.toml --agent $(AGENT) \
+	for flavour in minimal full tools; do \
+	    target/release/inlay-image --manifest guest/image/manifests/$$flavour.toml --file agent=$(AGENT) \
+	        --file init=guest/tools/init --file fio=$(GUEST)/fio --file socat=$(GUEST)/socat \
 	        --cache $(CACHE)/packages --out $(GUEST)/inlay-$$flavour.initrd; \
 	done
 

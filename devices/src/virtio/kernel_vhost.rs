@@ -203,9 +203,11 @@ impl KernelRings {
     /// Begins. A vhost-net needs the tap queue that the frames come from.
     pub fn serve(&self, tap: Option<&File>) -> io::Result<()> {
         match self.vhost.kind {
-            VhostKind::Net => self.indices().try_for_each(|index| self.vhost.set_tap(index, tap)),
-            VhostKind::Vsock => self.vhost.set_running(true),
+            VhostKind::Net => self.indices().try_for_each(|index| self.vhost.set_tap(index, tap))?,
+            VhostKind::Vsock => self.vhost.set_running(true)?,
         }
+        // What the driver said before has been heard by a kernel that had nothing to do yet, and is not said again.
+        self.queues.iter().try_for_each(|active| active.kick.write(1))
     }
 
     /// Ends, and gives the queues back at the places where the kernel has left them.

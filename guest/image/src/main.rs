@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use clap::Parser;
-use guest_image::manifest::{Compression, Given, Manifest};
+use guest_image::manifest::{Compression, Manifest};
 use guest_image::pool::Pool;
 use guest_image::tree::{Node, Tree};
 use guest_image::{archive, libraries};
@@ -23,9 +23,9 @@ struct Args {
     /// What goes in.
     #[arg(long)]
     manifest: PathBuf,
-    /// The guest agent, a static program.
-    #[arg(long)]
-    agent: PathBuf,
+    /// A file that the manifest has by this name, such as `agent=target/inlay-agent`.
+    #[arg(long = "file", value_name = "NAME=PATH", value_parser = given)]
+    files: Vec<(String, PathBuf)>,
     /// Where to write the initrd.
     #[arg(long)]
     out: PathBuf,
@@ -54,12 +54,17 @@ fn main() -> Result<()> {
     Ok(())
 }
 
+fn given(text: &str) -> Result<(String, PathBuf), String> {
+    let (name, path) = text.split_once('=').ok_or("a name and a path with = between them are needed")?;
+    Ok((name.to_owned(), path.into()))
+}
+
 fn collect(manifest: &Manifest, args: &Args) -> Result<Tree> {
     let mut tree = Tree::skeleton()?;
     for file in &manifest.files {
-        let (source, name) = match file.source {
-            Given::Agent => (&args.agent, "agent"),
-        };
+        let given = args.files.iter().find(|(name, _)| *name == file.source);
+        let (name, source) =
+            given.with_context(|| format!("The manifest has a file {0}: --file {0}=PATH", file.source))?;
         let contents = fs::read(source).with_context(|| format!("Cannot read {}", source.display()))?;
         tree.insert(&file.target, Node::File { mode: file.mode, contents }, name)?;
     }

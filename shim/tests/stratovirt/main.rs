@@ -236,6 +236,9 @@ fn a_daemon_that_cannot_be_says_why() {
     );
     let output = host.run(&["-daemonize", "-serial", "stdio"]);
     assert!(text(&output.stderr).contains("a daemon has no terminal"), "{output:?}");
+    // A terminal that a session's leader opens becomes the session's, whose end then kills it.
+    let output = host.run(&["-daemonize", "-serial", "pty", "-incoming", "file:/nothing"]);
+    assert!(text(&output.stderr).starts_with("There is no snapshot that can be restored"), "{output:?}");
 }
 
 #[test]

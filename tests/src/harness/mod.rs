@@ -5,6 +5,7 @@ mod containerd;
 mod memory;
 mod processes;
 mod scene;
+pub mod standalone;
 mod state;
 mod terminal;
 pub mod trace;

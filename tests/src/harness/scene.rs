@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 use std::env;
 use std::fs;
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::panic;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, Once, OnceLock, PoisonError};
@@ -52,6 +52,8 @@ pub struct Parts {
     pub kernel: PathBuf,
     /// The guest's initrd.
     pub initrd: PathBuf,
+    /// The initrd of the guest with tools.
+    pub tools: PathBuf,
 }
 
 impl Parts {
@@ -66,6 +68,7 @@ impl Parts {
             shim: named("INLAY_SHIM", "release/inlay"),
             kernel: guest.join("vmlinux"),
             initrd: guest.join("inlay-minimal.initrd"),
+            tools: guest.join("inlay-tools.initrd"),
         }
     }
 
@@ -105,7 +108,7 @@ thread_local! {
 }
 
 /// Notes what a panic says, for the evidence: the test binary itself tells it only when all tests have ended.
-fn note_panics() {
+pub(super) fn note_panics() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
         let usual = panic::take_hook();
@@ -276,8 +279,7 @@ impl Scene {
     }
 
     fn evidence(&self) -> String {
-        let mut text = PANIC.with_borrow(|panic| format!("{panic}\n=== containerd and shims ===\n"));
-        text.push_str(tail(&self.log()));
+        let mut text = format!("=== containerd and shims ===\n{}", tail(&self.log()));
         for place in ["/run/inlay", "/run/kata-containers"] {
             logs_below(Path::new(place), &mut text);
         }
@@ -292,12 +294,7 @@ impl Drop for Scene {
         if !thread::panicking() {
             return;
         }
-        let evidence = self.evidence();
-        println!("{evidence}");
-        if let Some(dir) = env::var_os("INLAY_ARTEFACTS") {
-            let name = thread::current().name().unwrap_or("test").replace("::", ".");
-            let _ = fs::write(PathBuf::from(dir).join(format!("{name}.txt")), evidence);
-        }
+        testify(&self.evidence());
         self.strike();
     }
 }
@@ -309,6 +306,17 @@ impl Output {
         let missing = self.stderr.contains("not found");
         assert!(missing || self.status.success(), "The command failed: {self:#?}");
         self
+    }
+}
+
+/// Prints what is known of a failed test's reasons, and adds it to the file that is kept of the test.
+pub(super) fn testify(evidence: &str) {
+    let text = PANIC.with_borrow(|panic| format!("{panic}\n{evidence}\n"));
+    println!("{text}");
+    if let Some(dir) = env::var_os("INLAY_ARTEFACTS") {
+        let name = thread::current().name().unwrap_or("test").replace("::", ".");
+        let file = fs::File::options().create(true).append(true).open(PathBuf::from(dir).join(format!("{name}.txt")));
+        let _ = file.and_then(|mut file| file.write_all(text.as_bytes()));
     }
 }
 

@@ -112,7 +112,10 @@ impl VcpuState {
         vcpu.set_mp_state(self.mp_state).map_err(failed("KVM_SET_MP_STATE"))?;
         vcpu.set_regs(&self.regs).map_err(failed("KVM_SET_REGS"))?;
         vcpu.set_sregs(&self.sregs).map_err(failed("KVM_SET_SREGS"))?;
-        vcpu.set_xcrs(&self.xcrs).map_err(failed("KVM_SET_XCRS"))?;
+        // A host without XSAVE has none, and refuses to be told so.
+        if self.xcrs.nr_xcrs > 0 {
+            vcpu.set_xcrs(&self.xcrs).map_err(failed("KVM_SET_XCRS"))?;
+        }
         // SAFETY: the structure has the 4 KiB that the call reads where no feature with more state was asked for by
         // arch_prctl(ARCH_REQ_XCOMP_GUEST_PERM), which nobody does here.
         unsafe { vcpu.set_xsave(&self.xsave) }.map_err(failed("KVM_SET_XSAVE"))?;

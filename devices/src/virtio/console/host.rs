@@ -4,6 +4,7 @@ use std::ffi::CStr;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -50,7 +51,8 @@ pub fn pty() -> io::Result<(PortEnd, PathBuf)> {
     }
     // SAFETY: `ptsname_r` ended the name with a NUL.
     let path = PathBuf::from(unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned());
-    let terminal = File::options().read(true).write(true).open(&path)?;
+    // Not as the controlling terminal of a daemon, which its end would kill.
+    let terminal = File::options().read(true).write(true).custom_flags(libc::O_NOCTTY).open(&path)?;
     // SAFETY: all zeros are a `termios`, which `tcgetattr` then fills.
     let mut mode: libc::termios = unsafe { std::mem::zeroed() };
     // SAFETY: `mode` lives through the calls.
