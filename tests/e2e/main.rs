@@ -1,4 +1,4 @@
-//! End-to-end tests: containers through real containerd, on a host with KVM.
+//! End-to-end tests: containers through real containerd, and machines by their command line, on a host with KVM.
 //!
 //! Run by `nested-host test`, one at a time. Whatever both runtimes must do is tested with both:
 //! a test that fails with runc is wrong itself.
@@ -26,11 +26,22 @@ macro_rules! for_inlay {
 }
 use for_inlay;
 
+/// Makes a test of each named function, which takes a `&Rig`: machines without containers.
+macro_rules! on_a_rig {
+    ($($test:ident),+ $(,)?) => {
+        mod rig {
+            $(#[test] fn $test() { inlay_tests::harness::standalone::play(super::$test); })+
+        }
+    };
+}
+use on_a_rig;
+
 mod config;
 mod containers;
 mod faults;
 mod guest;
 mod host;
+mod machine;
 mod privileges;
 mod processes;
 mod stdio;

@@ -27,6 +27,8 @@ const MODULES: &[&str] = &[
     "vhost_vsock",
     "vhost_net",
     "tun",
+    // Disks that are read and written past the page cache, which no other file system here allows.
+    "ext4",
     // Containers.
     "loop",
     "veth",

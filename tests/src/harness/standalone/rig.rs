@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
 
 use super::{Order, Vm, order};
 use crate::harness::scene::{self, Parts};
@@ -119,10 +120,24 @@ impl Rig {
         fs::create_dir(&dir).unwrap_or_else(|error| panic!("Cannot make {}: {error}", dir.display()));
         dir
     }
+
+    /// What the machines have left of a failed test.
+    fn evidence(&self) -> String {
+        let machines = (0..self.machines.get()).map(|number| self.path(&format!("vm-{number}")));
+        let files = machines.flat_map(|dir| ["transcript", "output", "log"].map(|name| dir.join(name)));
+        let show = |path: PathBuf| {
+            let content = fs::read_to_string(&path).unwrap_or_default();
+            format!("=== {} ===\n{content}\n", path.display())
+        };
+        files.map(show).collect()
+    }
 }
 
 impl Drop for Rig {
     fn drop(&mut self) {
+        if thread::panicking() {
+            scene::testify(&self.evidence());
+        }
         for dir in self.mounts.borrow().iter() {
             let _ = Command::new("/bin/busybox").args(["umount", "-d"]).arg(dir).status();
         }

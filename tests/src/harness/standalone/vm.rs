@@ -12,7 +12,6 @@ use serde_json::Value;
 use super::console::{Console, Said};
 use super::order::Running;
 use super::qmp::Qmp;
-use crate::harness::scene;
 
 /// How long a command in the guest may take, unless a test says otherwise.
 const COMMAND_LIMIT: Duration = Duration::from_secs(120);
@@ -98,10 +97,12 @@ impl Vm {
         Job(number)
     }
 
-    /// Whether the job has not ended.
+    /// Fails if the job has ended, and shows what it said.
     #[track_caller]
-    pub fn is_running(&self, job: &Job) -> bool {
-        self.try_sh(&format!("test ! -e /tmp/job.{}.code", job.0)).code == 0
+    pub fn assert_running(&self, job: &Job) {
+        let Job(number) = job;
+        let said = self.try_sh(&format!("test ! -e /tmp/job.{number}.code || {{ cat /tmp/job.{number}; false; }}"));
+        assert_eq!(said.code, 0, "The job is over too early: {}", said.output);
     }
 
     /// Waits for the end of a job, which must have succeeded. A machine that goes on from a snapshot can join what was spawned
@@ -112,11 +113,6 @@ impl Vm {
         self.sh(&format!(
             "until [ -e /tmp/job.{number}.code ]; do sleep 0.05; done; cat /tmp/job.{number}; exit $(cat /tmp/job.{number}.code)"
         ))
-    }
-
-    /// The same job on a machine that goes on from a snapshot of the other's.
-    pub fn same_job(job: &Job) -> Job {
-        Job(job.0)
     }
 
     /// Executes a QMP command, which must succeed; what it returns.
@@ -163,21 +159,13 @@ impl Vm {
         }
         panic!("The machine has not ended after {} s", EVENT_LIMIT.as_secs());
     }
-
-    fn evidence(&self) -> String {
-        let mut text = format!("=== console ===\n{}\n", self.console.transcript());
-        for name in ["output", "log"] {
-            let content = fs::read_to_string(self.dir.join(name)).unwrap_or_default();
-            text.push_str(&format!("=== {name} ===\n{content}\n"));
-        }
-        text
-    }
 }
 
 impl Drop for Vm {
+    /// Leaves what the guest has said beside the machine's other files, which the rig shows of a failed test.
     fn drop(&mut self) {
         if thread::panicking() {
-            scene::testify(&self.evidence());
+            let _ = fs::write(self.dir.join("transcript"), self.console.transcript());
         }
     }
 }

@@ -1,0 +1,139 @@
+//! Directories and drives that come from a directory of the host, from this process or from another one.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use inlay_tests::harness::standalone::{Rig, Vm, host, md5, noise};
+
+crate::on_a_rig!(hold_files_of_both_sides, live_through_the_end_of_their_process);
+
+/// Bytes of a file that goes through a directory, and of a drive.
+const AMOUNT: u64 = 4 << 20;
+
+/// A process that serves a device, ended with this value.
+pub struct Backend(Child);
+
+impl Backend {
+    /// Starts it and waits until it listens.
+    fn start(program: &str, args: &[&str], socket: &Path) -> Self {
+        let mut command = Command::new(program);
+        let process = command.args(args).stdin(Stdio::null()).spawn();
+        let backend = Self(process.unwrap_or_else(|error| panic!("{program}: {error}")));
+        // Not by a connection: that would be its first, and virtiofsd's last.
+        let listening = |line: &str| line.ends_with(&*socket.to_string_lossy()) && line.contains(" 00010000 ");
+        let started = Instant::now();
+        while !fs::read_to_string("/proc/net/unix").unwrap().lines().any(listening) {
+            assert!(started.elapsed() < Duration::from_secs(30), "{program} does not listen");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        backend
+    }
+
+    /// Debian's virtiofsd; it serves one machine.
+    pub fn virtiofsd(socket: &Path, source: &Path) -> Self {
+        let path = format!("--socket-path={}", socket.display());
+        let source = format!("source={}", source.display());
+        let options = ["-o", "sandbox=chroot", "-o", "log_level=err", "--rlimit-nofile=1024"];
+        let args = [&[path.as_str(), "-o", &source][..], &options].concat();
+        Self::start("/usr/lib/qemu/virtiofsd", &args, socket)
+    }
+
+    /// QEMU's storage daemon with one drive.
+    fn storage(socket: &Path, file: &Path) -> Self {
+        let file = format!("driver=file,node-name=disk,filename={}", file.display());
+        let export = format!(
+            "type=vhost-user-blk,id=e,node-name=disk,addr.type=unix,addr.path={},writable=on",
+            socket.display()
+        );
+        Self::start("/usr/bin/qemu-storage-daemon", &["--blockdev", &file, "--export", &export], socket)
+    }
+}
+
+impl Drop for Backend {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Files of either side are the other's, with their modes, links and attributes.
+fn exchange(vm: &Vm, tag: &str, dir: &Path) {
+    fs::write(dir.join("from-host"), noise(AMOUNT as usize)).unwrap();
+    vm.sh(&format!(
+        "mkdir /mnt/{tag} -p && mount -t virtiofs {tag} /mnt/{tag} && cd /mnt/{tag} && cp from-host from-guest"
+    ));
+    let digests = vm.sh(&format!(
+        "cd /mnt/{tag} && sync && echo 3 >/proc/sys/vm/drop_caches && md5sum <from-host && md5sum <from-guest"
+    ));
+    let expected = md5(&dir.join("from-host"));
+    assert!(digests.lines().all(|line| line.starts_with(&expected)), "{tag}: {expected}, in the guest {digests}");
+    assert_eq!(md5(&dir.join("from-guest")), expected, "{tag}");
+
+    vm.sh(&format!(
+        "cd /mnt/{tag} && mkdir -p a/b && ln -s b a/link && echo x >a/b/c && chmod 640 a/b/c && mv a/b/c a/b/d"
+    ));
+    assert_eq!(fs::read_link(dir.join("a/link")).unwrap(), Path::new("b"));
+    assert_eq!(host(&["stat", "-c", "%a", &dir.join("a/b/d").to_string_lossy()]).trim(), "640");
+    vm.sh(&format!("rm -r /mnt/{tag}/a"));
+    assert!(!dir.join("a").exists());
+    // A map of a file is shared with who reads it.
+    vm.sh(&format!("fio --name=m --thread --directory=/mnt/{tag} --ioengine=mmap --rw=randwrite --bs=4k --size=1m --verify=crc32c --minimal"));
+    vm.sh(&format!("umount /mnt/{tag}"));
+}
+
+fn hold_files_of_both_sides(rig: &Rig) {
+    let [own, remote] = ["own", "remote"].map(|name| {
+        let dir = rig.path(name);
+        fs::create_dir(&dir).unwrap();
+        dir
+    });
+    let socket = rig.path("virtiofsd");
+    let _backend = Backend::virtiofsd(&socket, &remote);
+    let vm = rig
+        .vm()
+        .shared()
+        .option("-device", format!("virtio-fs-device,id=own,source={},tag=own", own.display()))
+        .option("-chardev", format!("socket,id=remote,path={}", socket.display()))
+        .option("-device", "vhost-user-fs-device,id=remote,chardev=remote,tag=remote")
+        .boot();
+    exchange(&vm, "own", &own);
+    exchange(&vm, "remote", &remote);
+    assert!(vm.quit().success());
+}
+
+/// A drive of another process, which is killed twice while the guest writes, and comes again. One request at a time: this backend
+/// does not tell its successor which of several it had done, and then there is no going on.
+fn live_through_the_end_of_their_process(rig: &Rig) {
+    let file = rig.file("disk", AMOUNT);
+    let socket = rig.path("storage");
+    let mut backend = Backend::storage(&socket, &file);
+    let vm = rig
+        .vm()
+        .cpus(2)
+        .shared()
+        .option("-chardev", format!("socket,id=c,path={}", socket.display()))
+        .option("-device", "vhost-user-blk-device,id=d,chardev=c")
+        .boot();
+    // Behind the slots, which are empty.
+    let disk = vm.sh(&format!("grep -lx {} /sys/block/vd*/size | cut -d / -f 4", AMOUNT / 512));
+    let disk = disk.trim();
+    let load = vm.spawn(&format!(
+        "fio --name=v --thread --filename=/dev/{disk} --direct=1 --ioengine=psync --rw=randwrite --bs=4k \
+         --size={AMOUNT} --loops=2 --verify=crc32c --verify_fatal=1 --minimal"
+    ));
+    for _ in 0..2 {
+        std::thread::sleep(Duration::from_millis(700));
+        vm.assert_running(&load);
+        drop(backend);
+        // It leaves its socket behind.
+        let _ = fs::remove_file(&socket);
+        std::thread::sleep(Duration::from_millis(300));
+        backend = Backend::storage(&socket, &file);
+    }
+    vm.join(load);
+    let guest = vm.sh(&format!("echo 3 >/proc/sys/vm/drop_caches; md5sum </dev/{disk}"));
+    assert!(guest.starts_with(&md5(&file)), "{guest}");
+    assert!(vm.quit().success());
+}
