@@ -122,7 +122,7 @@ fn a_drive_that_shrinks_gives_errors_not_faults() {
 #[test]
 fn a_reset_under_load_leaves_memory_alone_and_the_device_works_after_it() {
     const LARGE: u32 = 1 << 20;
-    const MINE: [u8; LARGE as usize] = [0xee; LARGE as usize];
+    static MINE: [u8; LARGE as usize] = [0xee; LARGE as usize];
     let file = file();
     file.set_len(u64::from(LARGE)).unwrap();
     for turn in 0..30 {
