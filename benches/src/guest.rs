@@ -51,24 +51,65 @@ pub fn write_touching(mib: u32) -> io::Result<NamedTempFile> {
 
 fn file(code: &[u8]) -> io::Result<NamedTempFile> {
     let mut file = NamedTempFile::new()?;
-    file.write_all(&elf(code))?;
+    file.write_all(&elf(code, None))?;
     Ok(file)
 }
 
-/// Writes a guest that says on the console that it runs, and sleeps.
-pub fn write_sleeper() -> io::Result<NamedTempFile> {
-    file(&SLEEPER)
+/// What a guest of another monitor does.
+#[derive(Debug, Clone, Copy)]
+pub enum Guest {
+    /// Says on the debug port that it runs, and triple-faults.
+    Ending,
+    /// Says on the console that it runs, and sleeps.
+    Sleeping,
 }
 
-fn elf(code: &[u8]) -> Vec<u8> {
+/// A guest in the forms in which monitors take kernels.
+pub struct Images {
+    /// An ELF image, entered by the Linux 64-bit boot protocol.
+    pub elf: NamedTempFile,
+    /// The same with a PVH note, which is what QEMU's microvm machine takes.
+    pub pvh: NamedTempFile,
+    /// Nothing but code, loaded at 16 MiB and entered there.
+    pub flat: NamedTempFile,
+}
+
+impl Guest {
+    /// Writes it in each form.
+    pub fn images(self) -> io::Result<Images> {
+        let code: &[u8] = match self {
+            Self::Ending => &CODE,
+            Self::Sleeping => &SLEEPER,
+        };
+        let mut flat = NamedTempFile::new()?;
+        flat.write_all(code)?;
+        let mut pvh = NamedTempFile::new()?;
+        pvh.write_all(&elf(code, Some(&pvh_note())))?;
+        Ok(Images { elf: file(code)?, pvh, flat })
+    }
+}
+
+/// The entry point for PVH: an ELF note by Xen of type `XEN_ELFNOTE_PHYS32_ENTRY`.
+fn pvh_note() -> Vec<u8> {
+    const PHYS32_ENTRY: u32 = 18;
+    let mut note = [4_u32, 8, PHYS32_ENTRY].map(u32::to_le_bytes).concat();
+    note.extend(b"Xen\0");
+    note.extend(ADDRESS.to_le_bytes());
+    note
+}
+
+fn elf(code: &[u8], note: Option<&[u8]>) -> Vec<u8> {
     const HEADER_SIZE: u16 = 64;
     const PROGRAM_HEADER_SIZE: u16 = 56;
     const EXECUTABLE: u16 = 2;
     const X86_64: u16 = 62;
     const CURRENT: u32 = 1;
     const LOAD: u32 = 1;
+    const NOTE: u32 = 4;
+    const READABLE: u32 = 4;
     const READ_WRITE_EXECUTE: u32 = 7;
-    const OFFSET: u64 = 0x1000;
+    const NOTE_OFFSET: u16 = 0x800;
+    const OFFSET: u16 = 0x1000;
 
     // 64 bits, little endian, version 1.
     let mut elf = b"\x7fELF\x02\x01\x01".to_vec();
@@ -78,12 +119,21 @@ fn elf(code: &[u8]) -> Vec<u8> {
     // Entry point, program headers, no section headers.
     elf.extend([ADDRESS, u64::from(HEADER_SIZE), 0].map(u64::to_le_bytes).concat());
     elf.extend(0u32.to_le_bytes());
-    elf.extend([HEADER_SIZE, PROGRAM_HEADER_SIZE, 1, 0, 0, 0].map(u16::to_le_bytes).concat());
+    let headers = 1 + u16::from(note.is_some());
+    elf.extend([HEADER_SIZE, PROGRAM_HEADER_SIZE, headers, 0, 0, 0].map(u16::to_le_bytes).concat());
 
     elf.extend([LOAD, READ_WRITE_EXECUTE].map(u32::to_le_bytes).concat());
     let size = code.len() as u64;
-    elf.extend([OFFSET, ADDRESS, ADDRESS, size, size, OFFSET].map(u64::to_le_bytes).concat());
-    elf.resize(0x1000, 0);
+    let offset = u64::from(OFFSET);
+    elf.extend([offset, ADDRESS, ADDRESS, size, size, offset].map(u64::to_le_bytes).concat());
+    if let Some(note) = note {
+        elf.extend([NOTE, READABLE].map(u32::to_le_bytes).concat());
+        let size = note.len() as u64;
+        elf.extend([NOTE_OFFSET.into(), 0, 0, size, size, 4].map(u64::to_le_bytes).concat());
+        elf.resize(NOTE_OFFSET.into(), 0);
+        elf.extend(note);
+    }
+    elf.resize(OFFSET.into(), 0);
     elf.extend(code);
     elf
 }

@@ -1,6 +1,6 @@
-//! What a VMM adds to a machine's start: the smallest guest under a C program that makes nothing
-//! but the ioctls (the floor), under Inlay's machine, and under `inlay vm`, whose memory is measured as well. Prints
-//! Markdown tables.
+//! What a VMM adds to a machine's start: the smallest guest under a C program that makes nothing but the ioctls (the
+//! floor), under Inlay's machine, under `inlay vm`, and under the monitors that `STRATOVIRT`, `FIRECRACKER` and `QEMU` name;
+//! and what memory the programs take. Prints Markdown tables.
 //!
 //! ```text
 //! startup [RUNS]
@@ -8,15 +8,19 @@
 //! The programs take turns, so that a busy moment of the host hits all of them.
 
 use std::ffi::OsString;
-use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use benches::guest::Guest;
+use benches::peer::{MEMORY_MIB, Monitor};
 use benches::process::{self, Run};
 use benches::table::{markdown, median, milliseconds};
 use inlay_tests::harness::Pss;
+
+/// When a monitor's guest sleeps for certain.
+const SETTLED: Duration = Duration::from_millis(1500);
 
 const DEFAULT_RUNS: usize = 20;
 
@@ -25,8 +29,8 @@ struct Candidate {
     name: &'static str,
     program: PathBuf,
     arguments: Vec<OsString>,
-    /// Reports the guest's triple fault as a failure, and no times.
-    reports_fault: bool,
+    /// Whether it prints how long its guest's first instruction took, and ends with success. A monitor does neither.
+    tells: bool,
     runs: Vec<Run>,
 }
 
@@ -41,82 +45,93 @@ fn main() -> Result<()> {
     }
 
     let directory = tempfile::tempdir().context("No temporary directory")?;
-    let guest = benches::guest::write().context("The guest cannot be written")?;
     let program = |name| -> Result<PathBuf> {
         let program = std::env::current_exe()?.with_file_name(name);
         ensure!(program.exists(), "{} is not built", program.display());
         Ok(program)
     };
-    let candidate = |name, program, arguments, reports_fault| Candidate {
-        name,
-        program,
-        arguments,
-        reports_fault,
-        runs: Vec::new(),
-    };
-    let mut candidates = [
-        candidate("floor: a C program, the ioctls alone", compile_floor(directory.path())?, vec![], false),
-        candidate("Inlay's machine", program("tiny_vm")?, vec![guest.path().into()], false),
-        candidate("inlay vm, confined", program("inlay")?, vm(guest.path(), &[]), true),
+    let inlay = program("inlay")?;
+    // First: that each runs a guest that sleeps also shows that no time below is one of a refusal.
+    let memory = memory(&inlay, directory.path())?;
+
+    let guest = Guest::Ending.images().context("The guest cannot be written")?;
+    let mut candidates = vec![
+        Candidate::telling("floor: a C program, the ioctls alone", compile_floor(directory.path())?, vec![]),
+        Candidate::telling("Inlay's machine", program("tiny_vm")?, vec![guest.elf.path().into()]),
     ];
+    candidates.extend(Monitor::all(&inlay, &guest, directory.path())?.into_iter().map(Candidate::monitor));
     for _ in 0..runs {
         for candidate in &mut candidates {
             candidate.run()?;
         }
     }
-    print!("{}", markdown(&rows(&candidates)?));
-    println!();
-    println!("Medians of {runs} runs in turns; 1 vCPU, 128 MiB, a guest of three instructions.");
-    println!();
-    let pss = memory(&program("inlay")?)?;
-    println!(
-        "PSS of `inlay vm` without guest RAM, a second after the guest sleeps: {} KiB (budget 4096 KiB).",
-        pss.own
-    );
+    println!("{}", markdown(&rows(&candidates)?));
+    println!("Medians of {runs} runs in turns; 1 vCPU, {MEMORY_MIB} MiB, a guest of three instructions.\n");
+    println!("{memory}");
+    println!("A machine with a QMP socket and no device, while its guest sleeps.");
     Ok(())
 }
 
-/// The command line of a machine.
-fn vm(kernel: &Path, more: &[&str]) -> Vec<OsString> {
-    let words = ["vm", "-machine", "microvm,dump-guest-core=off", "-m", "128"].iter().chain(more).map(OsString::from);
-    words.chain(["-kernel".into(), kernel.into()]).collect()
+/// What each monitor costs beside its guest's memory.
+fn memory(inlay: &Path, directory: &Path) -> Result<String> {
+    let guest = Guest::Sleeping.images().context("The guest cannot be written")?;
+    let mut rows = vec![["", "PSS without guest memory", "budget"].map(String::from).to_vec()];
+    for monitor in Monitor::all(inlay, &guest, directory)? {
+        let mut running = Running::start(&monitor)?;
+        std::thread::sleep(SETTLED);
+        ensure!(running.0.try_wait()?.is_none(), "{} does not run a guest that sleeps", monitor.name);
+        let pss = Pss::of_monitor(running.0.id(), MEMORY_MIB << 10)?;
+        let budget = if monitor.program == inlay { "4096 KiB" } else { "" };
+        rows.push(vec![monitor.name.to_owned(), format!("{} KiB", pss.own), budget.to_owned()]);
+    }
+    Ok(markdown(&rows))
 }
 
-/// What a machine that has nothing to do takes, with a QMP socket and no device.
-fn memory(inlay: &Path) -> Result<Pss> {
-    let (directory, guest) = (tempfile::tempdir()?, benches::guest::write_sleeper()?);
-    let qmp = format!("unix:{},server,nowait", directory.path().join("qmp").display());
-    let mut child = Command::new(inlay)
-        .args(vm(guest.path(), &["-serial", "stdio", "-qmp", &qmp]))
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .spawn()?;
-    let mut said = [0];
-    child.stdout.as_mut().context("The guest has no console")?.read_exact(&mut said)?;
-    std::thread::sleep(Duration::from_secs(1));
-    let pss = Pss::of(child.id());
-    child.kill()?;
-    child.wait()?;
-    pss
+/// A process that does not outlive this.
+struct Running(Child);
+
+impl Running {
+    fn start(monitor: &Monitor) -> Result<Self> {
+        let mut command = Command::new(&monitor.program);
+        command.args(&monitor.arguments).stdin(Stdio::null()).stdout(Stdio::null());
+        Ok(Self(command.spawn().with_context(|| format!("{} cannot be run", monitor.program.display()))?))
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 impl Candidate {
+    fn telling(name: &'static str, program: PathBuf, arguments: Vec<OsString>) -> Self {
+        Self { name, program, arguments, tells: true, runs: Vec::new() }
+    }
+
+    fn monitor(monitor: Monitor) -> Self {
+        let Monitor { name, program, arguments } = monitor;
+        Self { name, program, arguments, tells: false, runs: Vec::new() }
+    }
+
     fn run(&mut self) -> Result<()> {
         let mut command = Command::new(&self.program);
-        if self.reports_fault {
+        if !self.tells {
             command.stderr(Stdio::null());
         }
         let run = process::run(command.args(&self.arguments))
             .with_context(|| format!("{} cannot be run", self.program.display()))?;
-        ensure!(run.success != self.reports_fault, "{} has failed: {}", self.name, run.output);
+        ensure!(run.success || !self.tells, "{} has failed: {}", self.name, run.output);
         self.runs.push(run);
         Ok(())
     }
 
     /// From the creation of the VM to the guest's first exit, as the program itself measured.
     fn first_instruction(&self) -> Result<String> {
-        if self.reports_fault {
-            return Ok("-".into());
+        if !self.tells {
+            return Ok(String::new());
         }
         let times = self.runs.iter().map(|run| Ok(Duration::from_nanos(run.output.trim().parse()?)));
         Ok(milliseconds(median(times.collect::<Result<Vec<_>>>()?)))

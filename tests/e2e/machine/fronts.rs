@@ -95,7 +95,7 @@ fn starts_with_the_command_line_of_kata(rig: &Rig) {
     host(&["ip", "link", "set", "tap0_kata", "up"]);
     vm.sh("ip address add 10.77.0.2/24 dev eth0 && ip link set eth0 up && ping -c 1 -W 10 10.77.0.1");
     let echo = vm.spawn("socat -u VSOCK-LISTEN:1024 STDOUT");
-    let mut agent = super::sockets::connect(78, 1024, std::time::Duration::from_secs(30));
+    let mut agent = inlay_tests::harness::standalone::vsock::connect(78, 1024, std::time::Duration::from_secs(30));
     io::Write::write_all(&mut agent, b"hello").unwrap();
     drop(agent);
     assert_eq!(vm.join(echo), "hello");

@@ -6,4 +6,3 @@ mod fronts;
 mod life;
 mod memory;
 mod network;
-mod sockets;

@@ -7,10 +7,8 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use inlay_tests::harness::standalone::{Rig, Vm, host, noise};
+use inlay_tests::harness::standalone::{Rig, Vm, host, noise, vsock};
 use serde_json::Value;
-
-use super::sockets;
 
 crate::on_a_rig!(carry_frames_both_ways, carry_frames_both_ways_by_the_kernel, reach_sockets_of_the_host);
 
@@ -134,13 +132,13 @@ fn reach_sockets_of_the_host(rig: &Rig) {
     let sent = noise(AMOUNT);
 
     let echo = vm.spawn("socat VSOCK-LISTEN:1234 OPEN:/tmp/file,creat,trunc");
-    let mut stream = sockets::connect(CID, 1234, Duration::from_secs(30));
+    let mut stream = vsock::connect(CID, 1234, Duration::from_secs(30));
     stream.write_all(&sent).unwrap();
     stream.shutdown(Shutdown::Write).unwrap();
     vm.join(echo);
     drop(stream);
 
-    let listener = sockets::Listener::bind(1235);
+    let listener = vsock::Listener::bind(1235);
     let client = vm.spawn("socat -u OPEN:/tmp/file VSOCK-CONNECT:2:1235");
     let mut back = Vec::new();
     listener.accept().read_to_end(&mut back).unwrap();

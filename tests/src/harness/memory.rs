@@ -20,15 +20,30 @@ impl Pss {
         Self::parse(&fs::read_to_string(&path).with_context(|| format!("Cannot read {path}"))?)
     }
 
-    /// proc(5): each mapping's lines end with its `VmFlags`.
+    /// The same of a program that may not leave guest memory out of core dumps: the mappings of at least `guest_kib`
+    /// KiB are the guest's.
+    pub fn of_monitor(pid: u32, guest_kib: u64) -> Result<Self> {
+        let path = format!("/proc/{pid}/smaps");
+        let smaps = fs::read_to_string(&path).with_context(|| format!("Cannot read {path}"))?;
+        Self::sum(&smaps, |size, _| size >= guest_kib)
+    }
+
     fn parse(smaps: &str) -> Result<Self> {
+        Self::sum(smaps, |_, flags| flags.split_whitespace().any(|flag| flag == "dd"))
+    }
+
+    /// proc(5): each mapping's lines begin with its `Size`, in KiB, and end with its `VmFlags`.
+    fn sum(smaps: &str, is_guest: impl Fn(u64, &str) -> bool) -> Result<Self> {
+        let kib = |value: &str| value.trim().trim_end_matches(" kB").parse::<u64>();
         let mut total = Self::default();
-        let mut pss = 0;
+        let (mut size, mut pss) = (0, 0);
         for line in smaps.lines() {
-            if let Some(value) = line.strip_prefix("Pss:") {
-                pss = value.trim().trim_end_matches(" kB").parse().context("Pss is not a number")?;
+            if let Some(value) = line.strip_prefix("Size:") {
+                size = kib(value).context("Size is not a number")?;
+            } else if let Some(value) = line.strip_prefix("Pss:") {
+                pss = kib(value).context("Pss is not a number")?;
             } else if let Some(flags) = line.strip_prefix("VmFlags:") {
-                let guest = flags.split_whitespace().any(|flag| flag == "dd");
+                let guest = is_guest(size, flags);
                 *if guest { &mut total.guest } else { &mut total.own } += pss;
             }
         }

@@ -27,10 +27,12 @@ unsafe extern "C" fn unmap(object: *mut libc::dl_phdr_info, _: libc::size_t, _: 
         // A segment begins in a page of its own, but may end in one that the next mapping has: that page stays.
         let end = start.wrapping_add(header.p_memsz) / PAGE * PAGE;
         let start = start / PAGE * PAGE;
-        let Ok(length) = usize::try_from(end.saturating_sub(start)) else { continue };
+        let (Ok(start), Ok(length)) = (usize::try_from(start), usize::try_from(end.saturating_sub(start))) else {
+            continue;
+        };
         // SAFETY: a private mapping of the program's file that is not writable: each page is read anew from the file when it is
         // needed, by this function too. Whether it succeeds makes no difference to what the program does.
-        unsafe { libc::madvise(ptr::with_exposed_provenance_mut(start as usize), length, libc::MADV_DONTNEED) };
+        unsafe { libc::madvise(ptr::with_exposed_provenance_mut(start), length, libc::MADV_DONTNEED) };
     }
     1
 }

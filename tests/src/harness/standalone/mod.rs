@@ -28,6 +28,7 @@ mod order;
 mod qmp;
 mod rig;
 mod vm;
+pub mod vsock;
 
 pub use console::Said;
 pub use order::Order;
