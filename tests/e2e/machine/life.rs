@@ -131,7 +131,7 @@ fn swaps_a_drive_ten_times(rig: &Rig) {
         .boot();
     for round in 0..10_usize {
         // Another size and another content each time.
-        let size = (1 << 20) + round * 4096;
+        let size = (256 << 10) + round * 4096;
         let path = rig.path(&format!("disk-{round}"));
         fs::write(&path, noise(size + round).split_off(round)).unwrap();
         plug_drive(&vm, &path.to_string_lossy());

@@ -19,6 +19,9 @@ const COMMAND_LIMIT: Duration = Duration::from_secs(120);
 /// How long an event may take, and the end of the machine.
 const EVENT_LIMIT: Duration = Duration::from_secs(60);
 
+/// How long a failed test leaves a machine that may be about to say why it ends.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
 /// A machine whose guest does what it is told. Ends with this value.
 pub struct Vm {
     process: Running,
@@ -165,6 +168,11 @@ impl Drop for Vm {
     /// Leaves what the guest has said beside the machine's other files, which the rig shows of a failed test.
     fn drop(&mut self) {
         if thread::panicking() {
+            // A machine that has ended by itself says why after its console is closed.
+            let deadline = Instant::now() + LAST_WORDS;
+            while Instant::now() < deadline && matches!(self.process.0.try_wait(), Ok(None)) {
+                thread::sleep(Duration::from_millis(20));
+            }
             let _ = fs::write(self.dir.join("transcript"), self.console.transcript());
         }
     }
