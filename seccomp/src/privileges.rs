@@ -80,10 +80,11 @@ fn keep(wanted: &[Capability]) -> Result<(), ConfineError> {
     Ok(())
 }
 
-/// Takes from the calling thread, and those that it starts, what no machine does with files: to run them, and to make nodes
-/// that stand for something else. Where the kernel has no Landlock nothing happens.
+/// Takes from the calling thread, and those that it starts, what no machine does with files: to run them, and to make
+/// devices. Links and pipes are made for guests in the directories that are theirs. Where the kernel has no Landlock
+/// nothing happens.
 pub fn refuse_programs() -> Result<(), ConfineError> {
-    let access = AccessFs::Execute | AccessFs::MakeChar | AccessFs::MakeBlock | AccessFs::MakeFifo | AccessFs::MakeSym;
+    let access = AccessFs::Execute | AccessFs::MakeChar | AccessFs::MakeBlock;
     let ruleset = Ruleset::default().set_compatibility(CompatLevel::BestEffort).handle_access(access)?.create()?;
     ruleset.restrict_self()?;
     Ok(())

@@ -152,26 +152,31 @@ fn a_machines_process_starts_no_program() {
 }
 
 #[test]
-fn a_machines_process_makes_no_nodes_and_has_no_capabilities_but_for_files() {
+fn a_machines_process_runs_no_file_and_has_no_capabilities_but_for_files() {
     let body = || {
         let directory = std::env::temp_dir().join(format!("inlay-node-{}", std::process::id()));
         confine_machine().expect("confined");
-        // Landlock, where the kernel has it: the ceiling allows the call for the file system server.
-        let link = std::ffi::CString::new(directory.as_os_str().as_encoded_bytes()).expect("a path");
+        // The ceiling allows both calls for the file system server, and Landlock, where the kernel has it, the first alone.
+        let path = std::ffi::CString::new(directory.as_os_str().as_encoded_bytes()).expect("a path");
         // SAFETY: two strings that end.
-        let refused = unsafe { libc::symlinkat(c"x".as_ptr(), libc::AT_FDCWD, link.as_ptr()) } != 0;
+        let linked = unsafe { libc::symlinkat(c"x".as_ptr(), libc::AT_FDCWD, path.as_ptr()) } == 0;
+        std::fs::remove_file(&directory).expect("the link");
+        // SAFETY: a string that ends. Device 1, 3 is the null device.
+        let device =
+            unsafe { libc::mknodat(libc::AT_FDCWD, path.as_ptr(), libc::S_IFCHR | 0o600, libc::makedev(1, 3)) } == 0;
         let _ = std::fs::remove_file(&directory);
         // SAFETY: asks for a version, and reads no memory.
         let landlock = unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, 0, 0, 1) } > 0;
-        assert_eq!(refused, landlock);
-        let status = std::fs::read_to_string("/proc/self/status").expect("status");
+        assert!(linked);
+        assert!(!(landlock && device));
+        let status = std::fs::read_to_string("/proc/thread-self/status").expect("status");
         let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).expect(name).trim().to_owned();
         assert_eq!((field("NoNewPrivs:").as_str(), field("Seccomp:").as_str()), ("1", "2"));
         // Bits 0 to 7 and 27 and 31 are of files (linux/capability.h).
         let effective = u64::from_str_radix(&field("CapEff:"), 16).expect("capabilities");
         assert_eq!(effective & !0x8800_00ff, 0, "{effective:#x}");
     };
-    goes_on(in_child("a_machines_process_makes_no_nodes_and_has_no_capabilities_but_for_files", body));
+    goes_on(in_child("a_machines_process_runs_no_file_and_has_no_capabilities_but_for_files", body));
 }
 
 #[test]
