@@ -17,10 +17,16 @@ fn main() -> Result<()> {
 
     eprintln!("Measuring VMM start-up on this machine's /dev/kvm");
     let startup = output(&mut Command::new(program("startup")))?;
-    eprintln!("Measuring containers; this takes some minutes where the host is emulated");
-    let mut host = Command::new(root.join("target/debug/nested-host"));
-    host.args(["run", "--auto", "--timeout", "1800", "--"]).arg(program("containers"));
-    let containers = output(&mut host)?;
+    eprintln!("Measuring restored machines there");
+    let restored = output(&mut Command::new(program("restore")))?;
+    let lazy = output(&mut Command::new(program("lazy")))?;
+    eprintln!("Measuring containers and devices; this takes some minutes where the host is emulated");
+    let on_a_host = |name: &str| {
+        let mut host = Command::new(root.join("target/debug/nested-host"));
+        host.args(["run", "--auto", "--timeout", "1800", "--"]).arg(program(name));
+        output(&mut host)
+    };
+    let (containers, machines) = (on_a_host("containers")?, on_a_host("machines")?);
 
     let mut page = String::from(
         "# Performance\n\nWritten by `make bench`; do not edit. Compare figures within one run only: ratios carry over to other machines, \
@@ -28,11 +34,11 @@ fn main() -> Result<()> {
     );
     write!(page, "\n## The machine\n\n{}", machine()?)?;
     write!(page, "\n## VMM start-up, native KVM\n\n{startup}")?;
-    write!(
-        page,
-        "\n## Containers, {}\n\n{containers}",
-        if virtualized()? { "on this machine" } else { "in the nested host" }
-    )?;
+    write!(page, "\n## Restored machines, native KVM\n\n{restored}")?;
+    write!(page, "\n## Memory that comes by mapping or page by page, native KVM\n\n{lazy}")?;
+    let place = if virtualized()? { "on this machine" } else { "in the nested host" };
+    write!(page, "\n## Containers, {place}\n\n{containers}")?;
+    write!(page, "\n## Devices of `inlay vm` with a Linux guest, {place}\n\n{machines}")?;
     let path = root.join("docs/performance.md");
     fs::write(&path, &page).with_context(|| format!("Cannot write {}", path.display()))?;
     print!("{page}");

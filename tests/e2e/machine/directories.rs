@@ -121,7 +121,7 @@ fn live_through_the_end_of_their_process(rig: &Rig) {
     let disk = disk.trim();
     let load = vm.spawn(&format!(
         "fio --name=v --thread --filename=/dev/{disk} --direct=1 --ioengine=psync --rw=randwrite --bs=4k \
-         --size={AMOUNT} --loops=2 --verify=crc32c --verify_fatal=1 --minimal"
+         --size=2m --loops=2 --verify=crc32c --verify_fatal=1 --minimal"
     ));
     for _ in 0..2 {
         std::thread::sleep(Duration::from_millis(700));

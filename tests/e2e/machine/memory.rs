@@ -49,9 +49,10 @@ fn gives_back_and_takes(rig: &Rig) {
     let idle = held(&vm);
     vm.sh("head -c 50000000 /dev/zero >/tmp/zeros");
     let full = held(&vm);
-    assert!(full > idle + 40_000, "{idle} KiB, then {full}");
+    // What the guest freed meanwhile is reported meanwhile.
+    assert!(full > idle + 25_000, "{idle} KiB, then {full}");
     vm.sh("rm /tmp/zeros");
-    wait_for("free pages to be reported", || held(&vm) + 40_000 < full);
+    wait_for("free pages to be reported", || held(&vm) + 25_000 < full);
     println!("{full} KiB held with 50 MB in use, {} after", held(&vm));
 
     // Asked for.

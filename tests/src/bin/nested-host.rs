@@ -142,7 +142,7 @@ struct HostArgs {
     #[arg(long, default_value = "")]
     append: String,
     /// How often a run is tried again after a failure of the nested host itself.
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, default_value_t = 4)]
     host_retries: u32,
     /// Keeps console, logs and what the command writes to $INLAY_ARTEFACTS in this directory.
     #[arg(long)]
