@@ -10,6 +10,10 @@ use crate::{ConfineError, Confinement, Role, filter, privileges, trap};
 /// Arenas of the allocator. The C library counts the processors when there are more, by a file, and may do so in a thread
 /// that is confined; it does not where it has been told. So many it makes before it counts (malloc.c, `arena_test`).
 const ARENAS: libc::c_int = 8;
+/// How much free memory at an arena's end is given back. Before the first time the C library reads how the host overcommits,
+/// from a file, in whatever thread it is (`check_may_shrink_heap`): never. Blocks from 128 KiB on are mapped, and unmapped,
+/// by themselves.
+const TRIM_THRESHOLD: libc::c_int = libc::c_int::MAX;
 
 /// Starts a thread that does `body` in its role, and returns when it is confined. When it cannot be, there is no thread.
 pub fn spawn<F>(confinement: Confinement, role: Role, name: String, body: F) -> io::Result<JoinHandle<()>>
@@ -20,7 +24,7 @@ where
     if confinement == Confinement::Off {
         return builder.spawn(body);
     }
-    bound_arenas();
+    settle_allocator();
     let (report, confined) = sync_channel(1);
     let thread = builder.spawn(move || {
         let entered = enter(role);
@@ -36,11 +40,14 @@ where
     Ok(thread)
 }
 
-fn bound_arenas() {
+/// Sees to it that the allocator opens no files.
+fn settle_allocator() {
     static ONCE: Once = Once::new();
-    // SAFETY: sets a number, and reads no memory.
     ONCE.call_once(|| {
-        let _ = unsafe { libc::mallopt(libc::M_ARENA_MAX, ARENAS) };
+        for (parameter, value) in [(libc::M_ARENA_MAX, ARENAS), (libc::M_TRIM_THRESHOLD, TRIM_THRESHOLD)] {
+            // SAFETY: sets a number, and reads no memory of this program's.
+            unsafe { libc::mallopt(parameter, value) };
+        }
     });
 }
 
