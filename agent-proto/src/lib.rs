@@ -24,6 +24,13 @@ pub const LOG_PORT: u32 = 1025;
 pub const DEBUG_CONSOLE_PORT: u32 = 1026;
 /// vsock port on which the agent takes one connection for each standard stream of a process.
 pub const STDIO_PORT: u32 = 1027;
+/// vsock port on which the agent makes a guest without a sandbox ready to be saved as a template: the host sends the
+/// template's mark as one line, and gets [`QUIET`] or the reason why not, as one line.
+pub const TEMPLATE_PORT: u32 = 1028;
+/// The agent's answer on [`TEMPLATE_PORT`] when the guest is quiet.
+pub const QUIET: &str = "quiet";
+/// Longest mark of a template, in bytes.
+pub const MAX_MARK: usize = 64;
 /// In place of a stream's port: the stream is `/dev/null`. No socket can have this port (`VMADDR_PORT_ANY`).
 ///
 /// Ports of 0 mean streams by RPC, but only when all three are 0; a 0 beside a real port is `/dev/null` too.

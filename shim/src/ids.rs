@@ -22,6 +22,12 @@ pub struct IdError {
 }
 
 impl Id {
+    /// An identifier that is written in this program.
+    pub fn of_literal(text: &'static str) -> Self {
+        debug_assert!(Self::try_from(text).is_ok(), "{text:?} is no identifier");
+        Self(text.to_owned())
+    }
+
     /// The identifier as text.
     pub fn as_str(&self) -> &str {
         &self.0

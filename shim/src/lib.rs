@@ -3,7 +3,8 @@
 //! ```text
 //! containerd ── start/delete ──▶ bootstrap ── serve ──▶ service ──▶ sandbox ──▶ machine (vmm)
 //!                                                          │           ├─▶ agent (guest, ttrpc over vsock)
-//!                                                          │           └─▶ resources (rootfs, volumes, cgroup)
+//!                                                          │           ├─▶ resources (rootfs, volumes, cgroup)
+//!                                                          │           └─▶ template (restored instead of booted)
 //!                                                          └──▶ events ──▶ containerd
 //! ```
 //!
@@ -42,6 +43,7 @@ mod resources;
 mod run_dir;
 mod sandbox;
 mod service;
+mod template;
 
 pub use bootstrap::main as shim;
 pub use cli::main as operator;

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! /run/inlay/s/<hash>                       the shim's ttrpc socket
+//! /run/inlay/templates/<name>/              machines that sandboxes are restored from
 //! /run/inlay/sandboxes/<sandbox>/state.json what `delete` needs when the process is gone
 //! /run/inlay/sandboxes/<sandbox>/layout/    directories of the share, writable by the shim alone
 //! /run/inlay/sandboxes/<sandbox>/shared/    the same, read-only, with the containers' mounts on it: what the guest sees
@@ -40,6 +41,11 @@ impl RunDir {
         self.root.join("sandboxes")
     }
 
+    /// The directory with one entry for each template.
+    pub fn templates(&self) -> PathBuf {
+        self.root.join("templates")
+    }
+
     /// The directory of one sandbox.
     pub fn sandbox(&self, id: &Id) -> PathBuf {
         self.sandboxes().join(id.as_str())
@@ -62,7 +68,8 @@ pub fn address_of(socket: &Path) -> String {
     format!("unix://{}", socket.display())
 }
 
-fn hex(bytes: &[u8]) -> String {
+/// What `sha256sum` prints.
+pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 

@@ -45,3 +45,4 @@ mod machine;
 mod privileges;
 mod processes;
 mod stdio;
+mod templates;

@@ -9,6 +9,9 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use crate::config::{Config, ConfigError};
+use crate::run_dir::RunDir;
+use crate::template::create::fitting;
+use crate::template::{self, Store, TemplateError};
 
 /// Subject of the finding that decides where demonstrations and tests run.
 const VIRTUALIZATION: &str = "virtualization";
@@ -41,7 +44,7 @@ pub fn run(config: Option<&Path>) -> ExitCode {
     let mut findings =
         vec![virtualization(&fs::read_to_string("/proc/cpuinfo").unwrap_or_default()), kvm(Path::new(KVM))];
     findings.extend(configuration(config));
-    findings.extend([file_systems(), cgroups(), shim_binary(), containerd()]);
+    findings.extend([userfaults(), file_systems(), cgroups(), shim_binary(), containerd()]);
     for finding in &findings {
         println!("{finding}");
     }
@@ -157,7 +160,41 @@ fn configuration(path: Option<&Path>) -> Vec<Finding> {
     findings.extend(notices.iter().map(|notice| note("configuration", notice.to_string())));
     findings.push(artefact("kernel", &config.hypervisor.kernel));
     findings.push(artefact("initrd", &config.hypervisor.initrd));
+    findings.push(templates(&config, path));
     findings
+}
+
+/// Whether starts are restored, and from what. No start fails for lack of a template, so nothing here is missing.
+fn templates(config: &Config, path: Option<&Path>) -> Finding {
+    const SUBJECT: &str = "templates";
+    if !config.factory.enabled {
+        return good(SUBJECT, "not used: sandboxes boot ([factory] enable_template is false)");
+    }
+    let (store, name) = (Store::new(config, &RunDir::from_environment()), template::name_for(path));
+    match fitting(&store, &name, config) {
+        Ok(_) => good(SUBJECT, format!("sandboxes are restored from {}", store.path(&name).display())),
+        Err(TemplateError::Missing(_)) => note(
+            SUBJECT,
+            format!("{} is made at the first start, or by `inlay template create {name}`", store.path(&name).display()),
+        ),
+        Err(error) => {
+            note(SUBJECT, format!("{}; the next start has it made anew", crate::bootstrap::with_causes(&error)))
+        }
+    }
+}
+
+/// By what a process may serve the page faults of a guest's memory; templates are mapped without.
+fn userfaults() -> Finding {
+    const SUBJECT: &str = "userfaultfd";
+    let opens = |path: &str| OpenOptions::new().read(true).write(true).open(path).is_ok();
+    if opens("/dev/userfaultfd") {
+        return good(SUBJECT, "/dev/userfaultfd");
+    }
+    match fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd") {
+        Ok(text) if text.trim() == "1" => good(SUBJECT, "the system call, for everyone"),
+        Ok(_) => good(SUBJECT, "the system call, for root"),
+        Err(_) => note(SUBJECT, "The kernel has none: memory of templates is mapped, never fetched page by page"),
+    }
 }
 
 fn artefact(subject: &'static str, path: &Path) -> Finding {
@@ -250,7 +287,8 @@ mod tests {
         fs::write(&file, "[hypervisor.inlay]\nkernel = \"/nonexistent/k\"\ninitrd = \"/proc/version\"\nkernle = 1\n")
             .unwrap();
         let findings = configuration(Some(&file));
-        let [config, unknown, kernel, initrd] = findings.as_slice() else { panic!("{findings:?}") };
+        let [config, unknown, kernel, initrd, templates] = findings.as_slice() else { panic!("{findings:?}") };
+        assert!(matches!(&templates.verdict, Verdict::Good(text) if text.starts_with("not used")));
         assert!(matches!(config.verdict, Verdict::Good(_)) && matches!(unknown.verdict, Verdict::Note(_)));
         assert!(matches!(&kernel.verdict, Verdict::Bad { lack, .. } if lack.contains("/nonexistent/k")));
         assert!(matches!(initrd.verdict, Verdict::Good(_)));

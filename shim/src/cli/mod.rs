@@ -1,6 +1,7 @@
 //! The operator's command.
 
 mod check;
+mod template;
 mod vm;
 
 use std::ffi::OsString;
@@ -18,6 +19,7 @@ io.containerd.inlay.v2. Try it:
 
 Configuration: /etc/inlay/configuration.toml, TOML with kata's key names; every key has a default.
 State:         /run/inlay/sandboxes/<id>/, gone when the sandbox is.
+Templates:     /run/inlay/templates/<name>/, used where the configuration has [factory] enable_template = true.
 Log:           containerd's own; records carry sandbox=<id>.";
 
 /// Runs each container or pod in its own virtual machine, inlaid in containerd's shim
@@ -42,6 +44,9 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "OPTIONS")]
         options: Vec<OsString>,
     },
+    /// Make and look after templates: machines that sandboxes are restored from instead of being booted
+    #[command(subcommand)]
+    Template(template::Verb),
     /// Print the version
     Version,
 }
@@ -57,6 +62,7 @@ pub fn main() -> ExitCode {
     match arguments.command {
         Command::Check => check::run(arguments.config.as_deref()),
         Command::Vm { options } => vm::main(options.into_iter()),
+        Command::Template(verb) => template::run(verb, arguments.config.as_deref()),
         Command::Version => {
             println!("inlay {}", env!("CARGO_PKG_VERSION"));
             ExitCode::SUCCESS
@@ -76,5 +82,9 @@ mod tests {
         let parsed = Arguments::try_parse_from(["inlay", "check", "--config", "/c"]).unwrap();
         assert_eq!(parsed.config, Some("/c".into()));
         assert!(matches!(parsed.command, Command::Check));
+        let create = ["inlay", "template", "create", "default", "--if-needed", "--no-wait", "--config", "/c"];
+        let parsed = Arguments::try_parse_from(create).unwrap();
+        assert!(matches!(parsed.command, Command::Template(template::Verb::Create { no_wait: true, .. })));
+        assert!(Arguments::try_parse_from(["inlay", "template", "create", "x", "--no-wait"]).is_err());
     }
 }

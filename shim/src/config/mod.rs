@@ -38,6 +38,8 @@ pub struct Config {
     pub agent: Agent,
     /// The shim itself: `[runtime]`.
     pub runtime: Runtime,
+    /// Templates: `[factory]`.
+    pub factory: Factory,
 }
 
 /// What the machine is made of.
@@ -93,6 +95,17 @@ pub struct Runtime {
     pub confinement: Confinement,
     /// File to which each start appends its times T0..T6 as one JSON line: `trace_file`.
     pub trace_file: Option<PathBuf>,
+}
+
+/// Sandboxes that are restored from a template instead of being booted.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Factory {
+    /// Whether they are: `enable_template`.
+    pub enabled: bool,
+    /// The directory of templates, where it is not the usual one: `template_path`.
+    pub path: Option<PathBuf>,
+    /// A start that finds no template waits for one, instead of booting while it is made: `wait_for_template`.
+    pub wait: bool,
 }
 
 /// Something in the file that its author should know. It does not stop anything.
@@ -169,6 +182,7 @@ impl Default for Config {
                 confinement: Confinement::On,
                 trace_file: None,
             },
+            factory: Factory::default(),
         }
     }
 }
@@ -198,7 +212,15 @@ impl Config {
             notices.extend(unknown);
         };
 
-        let (hypervisor, name) = hypervisor_table(&mut document)?;
+        let (mut hypervisor, name) = hypervisor_table(&mut document)?;
+        // The older place first: what is said in both counts as the newer says.
+        let tables =
+            [("factory", table(&mut document, "factory")?), ("hypervisor.factory", table(&mut hypervisor, "factory")?)];
+        for (name, values) in tables {
+            let mut section = Section::new(name, values, section::FACTORY);
+            config.factory.read(&mut section)?;
+            finish(section);
+        }
         let mut section = Section::new(name, hypervisor, section::HYPERVISOR);
         config.hypervisor.read(&mut section)?;
         finish(section);
@@ -287,6 +309,17 @@ impl Runtime {
         self.confinement = if unconfined { Confinement::Off } else { Confinement::On };
         if let Some(path) = section.text("trace_file")?.filter(|path| !path.is_empty()) {
             self.trace_file = Some(path.into());
+        }
+        Ok(())
+    }
+}
+
+impl Factory {
+    fn read(&mut self, section: &mut Section) -> Result<(), ConfigError> {
+        section.flag("enable_template", &mut self.enabled)?;
+        section.flag("wait_for_template", &mut self.wait)?;
+        if let Some(path) = section.text("template_path")?.filter(|path| !path.is_empty()) {
+            self.path = Some(path.into());
         }
         Ok(())
     }

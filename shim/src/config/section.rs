@@ -16,7 +16,16 @@ pub struct Keys {
 
 /// `[hypervisor.inlay]` and `[hypervisor.stratovirt]`.
 pub const HYPERVISOR: Keys = Keys {
-    used: &["kernel", "initrd", "kernel_params", "default_vcpus", "default_memory", "shared_fs", "virtio_fs_cache"],
+    used: &[
+        "kernel",
+        "initrd",
+        "kernel_params",
+        "default_vcpus",
+        "default_memory",
+        "shared_fs",
+        "virtio_fs_cache",
+        "factory",
+    ],
     idle: &[
         "path",
         "valid_hypervisor_paths",
@@ -87,7 +96,6 @@ pub const HYPERVISOR: Keys = Keys {
         "disable_selinux",
         "disable_guest_selinux",
         "use_legacy_serial",
-        "factory",
     ],
 };
 
@@ -149,9 +157,15 @@ pub const RUNTIME: Keys = Keys {
     ],
 };
 
+/// `[factory]`, and `[hypervisor.*.factory]` of newer files.
+pub const FACTORY: Keys = Keys {
+    used: &["enable_template", "template_path", "wait_for_template"],
+    idle: &["vm_cache_number", "vm_cache_endpoint"],
+};
+
 /// Tables that have no section of their own here.
 pub const TOP: Keys =
-    Keys { used: &["hypervisor", "agent", "runtime"], idle: &["factory", "image", "netmon", "proxy", "shim"] };
+    Keys { used: &["hypervisor", "agent", "runtime", "factory"], idle: &["image", "netmon", "proxy", "shim"] };
 
 /// Names further apart than this are different words, not typing errors.
 const MIN_LIKENESS: f64 = 0.75;

@@ -46,6 +46,10 @@ fn a_file_of_our_own_sets_everything() {
         disable_guest_seccomp = true
         disable_seccomp = true
         trace_file = "/run/inlay/trace.jsonl"
+        [factory]
+        enable_template = true
+        template_path = "/t"
+        wait_for_template = true
         "#,
     );
     assert_eq!(notices, Vec::new());
@@ -61,6 +65,7 @@ fn a_file_of_our_own_sets_everything() {
     assert_eq!(config.runtime.confinement, vmm::Confinement::Off);
     assert_eq!(config.runtime.log_level, LevelFilter::WARN);
     assert_eq!(config.runtime.trace_file.as_deref(), Some(Path::new("/run/inlay/trace.jsonl")));
+    assert_eq!(config.factory, Factory { enabled: true, path: Some("/t".into()), wait: true });
 }
 
 #[test]
@@ -88,8 +93,17 @@ fn a_file_made_for_stratovirt_loads_with_one_notice() {
     assert_eq!(config.hypervisor.kernel, Path::new("/k"));
     assert_eq!(config.agent.boot_deadline, Duration::from_secs(45));
     let [Notice::WithoutUse(keys)] = notices.as_slice() else { panic!("{notices:?}") };
-    assert_eq!(keys.len(), 8, "{keys:?}");
+    assert_eq!(keys.len(), 7, "{keys:?}");
     assert!(keys.contains(&"hypervisor.stratovirt.path".to_owned()));
+}
+
+#[test]
+fn the_factory_may_be_inside_the_hypervisor() {
+    let (config, notices) = parse(
+        "[hypervisor.stratovirt.factory]\nenable_template = true\n[factory]\nenable_template = false\ntemplate_path = \"\"\nvm_cache_number = 0\n",
+    );
+    assert_eq!(config.factory, Factory { enabled: true, path: None, wait: false });
+    assert_eq!(notices, [Notice::WithoutUse(vec!["factory.vm_cache_number".to_owned()])]);
 }
 
 #[test]

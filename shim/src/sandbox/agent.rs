@@ -1,12 +1,13 @@
 //! The agent in the guest, as the shim calls it.
 
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use agent_proto::agent::{
     CreateContainerRequest, CreateSandboxRequest, ExecProcessRequest, GetOOMEventRequest, PauseContainerRequest,
-    RemoveContainerRequest, ResumeContainerRequest, SignalProcessRequest, StartContainerRequest, StatsContainerRequest,
-    StatsContainerResponse, TtyWinResizeRequest, UpdateContainerRequest, WaitProcessRequest,
+    RemoveContainerRequest, ReseedRandomDevRequest, ResumeContainerRequest, SetGuestDateTimeRequest,
+    SignalProcessRequest, StartContainerRequest, StatsContainerRequest, StatsContainerResponse, TtyWinResizeRequest,
+    UpdateContainerRequest, WaitProcessRequest,
 };
 use agent_proto::agent_ttrpc::AgentServiceClient;
 use agent_proto::health::CheckRequest;
@@ -47,6 +48,9 @@ pub enum AgentError {
     /// The connection cannot be used.
     #[error("Cannot use the connection to the agent")]
     Connection(#[source] std::io::Error),
+    /// There is no entropy for the guest.
+    #[error("Cannot read the host's source of entropy")]
+    Entropy(#[source] std::io::Error),
 }
 
 /// A connection to the agent. Clones share it.
@@ -71,6 +75,23 @@ impl Agent {
     /// Asks whether the agent is there.
     pub async fn check(&self) -> Result<(), AgentError> {
         answer("Health.Check", self.health.check(short(), &CheckRequest::default()).await).map(drop)
+    }
+
+    /// Mixes `data` into the guest's random generator.
+    pub async fn reseed_random_dev(&self, data: Vec<u8>) -> Result<(), AgentError> {
+        let request = ReseedRandomDevRequest { data, ..Default::default() };
+        answer("ReseedRandomDev", self.service.reseed_random_dev(short(), &request).await).map(drop)
+    }
+
+    /// Sets the guest's wall clock, to the microsecond.
+    pub async fn set_guest_date_time(&self, time: SystemTime) -> Result<(), AgentError> {
+        let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let request = SetGuestDateTimeRequest {
+            Sec: i64::try_from(since.as_secs()).unwrap_or(i64::MAX),
+            Usec: since.subsec_micros().into(),
+            ..Default::default()
+        };
+        answer("SetGuestDateTime", self.service.set_guest_date_time(short(), &request).await).map(drop)
     }
 
     /// Sets the sandbox up.

@@ -6,34 +6,24 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use agent_proto::{AGENT_PORT, LOG_PORT, STDIO_PORT};
-use devices::virtio::fs::CachePolicy;
 use tokio::io::Interest;
+use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::sync::{mpsc, oneshot};
-use tracing_subscriber::filter::LevelFilter;
-use vmm::{
-    BASE_CMDLINE, BootConfig, Connector, ExitReason, FsConfig, HostEnd, Machine, MachineConfig, MemoryConfig,
-    RngConfig, VsockConfig,
-};
+use vmm::{Connector, ExitReason, HostEnd, Machine, MachineConfig};
 
 use super::agent::{Agent, AgentError};
-use super::{Host, guest_log, trace};
-use crate::config::{Config, FsCache};
+use super::machine::machine_config;
+use super::{guest_log, identity, trace};
+use crate::config::Config;
 use crate::helper::HelperError;
 use crate::ids::Id;
 use crate::main_thread::{Ended, MainThread};
 use crate::readiness;
-use crate::resources::share::TAG;
+use crate::template::Template;
 
-/// The guest's context id. Every machine has a vsock device of its own, so one number does for all; it is the first
-/// that may be a guest's (virtio 1.2 section 5.10.4).
-const GUEST_CID: u64 = 3;
-/// Request queues of the shared file system. One is served by one thread.
-const FS_REQUEST_QUEUES: u16 = 1;
-const FS_QUEUE_SIZE: u16 = 128;
-/// One thread for what waits for a disk, and one for data.
-const FS_WORKERS: u16 = 2;
 /// Lines of the guest's console that an error quotes at least, and at most. The log has all that was kept.
 const QUOTED_LINES: std::ops::RangeInclusive<usize> = 12..=40;
 /// How a kernel begins to say why it gives up; the lines after it say where.
@@ -45,6 +35,9 @@ pub enum BootError {
     /// The machine could not be built.
     #[error("Cannot build the machine of the sandbox")]
     Build(#[source] vmm::BuildError),
+    /// The machine could not be restored.
+    #[error("Cannot restore the machine of the sandbox")]
+    Restore(#[source] vmm::RestoreError),
     /// The machine could not be set going.
     #[error("Cannot start the machine of the sandbox")]
     Start(#[source] vmm::StateError),
@@ -97,11 +90,33 @@ pub enum ConnectError {
     Gone,
 }
 
+/// Where a guest belongs.
+pub struct Home<'a> {
+    /// The sandbox, or the template.
+    pub name: &'a Id,
+    /// What its machine is to be.
+    pub config: &'a Config,
+    /// The directory that it sees.
+    pub shared: &'a Path,
+    /// Where it listens, if its debug console is wanted.
+    pub socket: &'a Path,
+    /// The thread that makes machines.
+    pub main: &'a MainThread,
+    /// What is to be done before the guest's first instruction.
+    pub before_start: &'a (dyn Fn() -> Result<(), HelperError> + Sync),
+}
+
+impl Home<'_> {
+    fn machine_config(&self) -> MachineConfig {
+        machine_config(self.name, self.config, self.shared, self.socket)
+    }
+}
+
 /// A guest that runs, and its agent.
 pub struct Guest {
-    machine: Arc<Machine>,
-    main: MainThread,
-    connector: Connector,
+    pub(super) machine: Arc<Machine>,
+    pub(super) main: MainThread,
+    pub(super) connector: Connector,
     /// The agent.
     pub agent: Agent,
     /// When the agent answered.
@@ -109,25 +124,17 @@ pub struct Guest {
 }
 
 impl Guest {
-    /// Builds a machine for `sandbox` that sees `shared` and, if its debug console is wanted, listens on `socket`,
-    /// starts it and waits for its agent. When this fails or is given up, nothing of the machine is left.
-    pub async fn boot(
-        sandbox: &Id,
-        config: &Config,
-        shared: &Path,
-        socket: &Path,
-        host: &Host,
-    ) -> Result<Self, BootError> {
-        let machine_config = machine_config(sandbox, config, shared, socket);
-        let built = host.main.run(move || Machine::build(machine_config)).await?;
+    /// Builds a machine, starts it and waits for its agent. When this fails or is given up, nothing of the machine is
+    /// left.
+    pub async fn boot(home: &Home<'_>) -> Result<Self, BootError> {
+        let machine_config = home.machine_config();
+        let built = home.main.run(move || Machine::build(machine_config)).await?;
         let machine = Arc::new(built.map_err(BootError::Build)?);
         let connector = machine.vsock().ok_or(ConnectError::Gone)?;
-        let (announce, mut announced) = mpsc::unbounded_channel();
-        connector.listen(LOG_PORT, Box::new(move |stream| drop(announce.send(stream))));
-        host.helper.seal()?;
+        let mut announced = listen_for_log(&connector);
+        (home.before_start)()?;
         machine.start().map_err(BootError::Start)?;
 
-        let deadline = config.agent.boot_deadline;
         let come_up = async {
             // The agent connects to the log port when it listens on its own ports. A machine that ends lets go of
             // the port before it says why: that is no answer.
@@ -136,27 +143,38 @@ impl Guest {
                 reason = ended(&machine) => return Err(ended_early(&machine, reason?)),
             };
             guest_log::forward(log);
-            tokio::spawn(async move {
-                while let Some(stream) = announced.recv().await {
-                    guest_log::forward(stream);
-                }
-            });
-            let (ours, theirs) = UnixStream::pair()?;
-            connect(&connector, AGENT_PORT, HostEnd::Duplex(theirs.into())).await?;
-            let agent = Agent::new(ours, config.agent.create_deadline)?;
+            tokio::spawn(forward_logs(announced));
+            let agent = dial(&connector, home.config).await?;
             tokio::select! {
                 checked = agent.check() => checked?,
                 reason = ended(&machine) => return Err(ended_early(&machine, reason?)),
             }
             Ok(agent)
         };
-        let agent = match tokio::time::timeout(deadline, come_up).await {
-            Ok(done) => done?,
-            Err(_) => {
-                return Err(BootError::Deadline { milliseconds: deadline.as_millis(), console: console(&machine) });
+        let agent = within(home.config.agent.boot_deadline, &machine, come_up).await?;
+        Ok(Self { connector, agent, answered_at: trace::now(), machine, main: home.main.clone() })
+    }
+
+    /// As [`boot`](Self::boot), but the machine goes on from `template`. Its agent listens already. When this returns,
+    /// the guest's random generator is this sandbox's own; [`identity::set_clock`] is left to do.
+    pub async fn restore(home: &Home<'_>, template: Arc<Template>) -> Result<Self, BootError> {
+        let machine_config = home.machine_config();
+        let restored = home.main.run(move || Machine::restore(machine_config, &template.directory())).await?;
+        let machine = Arc::new(restored.map_err(BootError::Restore)?);
+        let connector = machine.vsock().ok_or(ConnectError::Gone)?;
+        tokio::spawn(forward_logs(listen_for_log(&connector)));
+        (home.before_start)()?;
+        machine.start().map_err(BootError::Start)?;
+
+        let come_up = async {
+            tokio::select! {
+                agent = reseed(&connector, home.config) => agent,
+                reason = ended(&machine) => Err(ended_early(&machine, reason?)),
             }
         };
-        Ok(Self { connector, agent, answered_at: trace::now(), machine, main: host.main.clone() })
+        // Half of the patience, so that enough of it is left for booting in its stead.
+        let agent = within(half(home.config.agent.boot_deadline), &machine, come_up).await?;
+        Ok(Self { connector, agent, answered_at: trace::now(), machine, main: home.main.clone() })
     }
 
     /// The machine, for its times and its threads.
@@ -185,62 +203,51 @@ impl Guest {
     }
 }
 
-/// What a sandbox's machine is made of.
-fn machine_config(sandbox: &Id, config: &Config, shared: &Path, socket: &Path) -> MachineConfig {
-    let hypervisor = &config.hypervisor;
-    let boot = BootConfig {
-        kernel: hypervisor.kernel.clone(),
-        initrd: Some(hypervisor.initrd.clone()),
-        cmdline: command_line(config),
-    };
-    let memory = MemoryConfig::from_size(hypervisor.memory_mib << 20);
-    let mut machine = MachineConfig::new(sandbox.as_str(), memory, boot);
-    machine.vcpus = u8::try_from(hypervisor.vcpus.get()).unwrap_or(u8::MAX);
-    machine.fs = vec![FsConfig {
-        tag: TAG.to_owned(),
-        shared_dir: shared.to_owned(),
-        cache: match hypervisor.fs_cache {
-            FsCache::Never => CachePolicy::Never,
-            FsCache::Auto => CachePolicy::Auto,
-            FsCache::Always => CachePolicy::Always,
-        },
-        num_request_queues: FS_REQUEST_QUEUES,
-        queue_size: FS_QUEUE_SIZE,
-        writeback: false,
-        workers: FS_WORKERS,
-        xattr: true,
-        // Nobody but the sandbox writes to its share.
-        posix_locks: false,
-    }];
-    // The shim itself needs no socket; a person needs one to reach the debug console.
-    let uds_path = config.agent.debug_console.then(|| socket.to_owned());
-    machine.vsock = Some(VsockConfig { guest_cid: GUEST_CID, uds_path });
-    machine.rng = Some(RngConfig::default());
-    machine.confinement = config.runtime.confinement;
-    machine
+/// Connections of the guest to the log's port.
+fn listen_for_log(connector: &Connector) -> UnboundedReceiver<UnixStream> {
+    let (announce, announced) = mpsc::unbounded_channel();
+    connector.listen(LOG_PORT, Box::new(move |stream| drop(announce.send(stream))));
+    announced
 }
 
-/// The kernel's command line: the machine's own words, the agent's, then what the operator added.
-fn command_line(config: &Config) -> String {
-    let mut words = vec![BASE_CMDLINE.to_owned()];
-    if config.runtime.log_level < LevelFilter::DEBUG {
-        // Every line on the serial console costs the guest an exit for each byte.
-        words.push("quiet".to_owned());
+async fn forward_logs(mut connections: UnboundedReceiver<UnixStream>) {
+    while let Some(stream) = connections.recv().await {
+        guest_log::forward(stream);
     }
-    if config.agent.debug {
-        words.push("agent.log=debug".to_owned());
+}
+
+async fn dial(connector: &Connector, config: &Config) -> Result<Agent, BootError> {
+    let (ours, theirs) = UnixStream::pair()?;
+    connect(connector, AGENT_PORT, HostEnd::Duplex(theirs.into())).await?;
+    Ok(Agent::new(ours, config.agent.create_deadline)?)
+}
+
+/// Gives a restored guest random numbers of its own. Its answer is the first sign of life.
+///
+/// The device holds the connection back until the guest has let go of those of the machine that was saved.
+async fn reseed(connector: &Connector, config: &Config) -> Result<Agent, BootError> {
+    let agent = dial(connector, config).await?;
+    identity::reseed(&agent).await?;
+    Ok(agent)
+}
+
+fn half(time: Duration) -> Duration {
+    time.checked_div(2).unwrap_or_default()
+}
+
+async fn within<T>(
+    deadline: Duration,
+    machine: &Machine,
+    work: impl Future<Output = Result<T, BootError>>,
+) -> Result<T, BootError> {
+    match tokio::time::timeout(deadline, work).await {
+        Ok(done) => done,
+        Err(_) => Err(BootError::Deadline { milliseconds: deadline.as_millis(), console: console(machine) }),
     }
-    if config.agent.debug_console {
-        words.push("agent.debug_console".to_owned());
-    }
-    if !config.hypervisor.kernel_params.is_empty() {
-        words.push(config.hypervisor.kernel_params.clone());
-    }
-    words.join(" ")
 }
 
 /// The muxer's callback as a future.
-async fn connect(connector: &Connector, port: u32, end: HostEnd) -> Result<u32, ConnectError> {
+pub(super) async fn connect(connector: &Connector, port: u32, end: HostEnd) -> Result<u32, ConnectError> {
     let (done, outcome) = oneshot::channel();
     connector.connect(port, end, Box::new(move |result| drop(done.send(result))));
     match outcome.await {
@@ -294,17 +301,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_command_line_has_the_agents_and_the_operators_words() {
-        let mut config = Config::default();
-        assert!(command_line(&config).starts_with(BASE_CMDLINE) && command_line(&config).ends_with(" quiet"));
-        config.agent.debug = true;
-        config.agent.debug_console = true;
-        config.hypervisor.kernel_params = "a=b c".to_owned();
-        config.runtime.log_level = LevelFilter::DEBUG;
-        assert_eq!(command_line(&config), format!("{BASE_CMDLINE} agent.log=debug agent.debug_console a=b c"));
-    }
-
-    #[test]
     fn an_error_quotes_the_end_of_the_console() {
         assert_eq!(last_lines("\n \n"), "(nothing)");
         let lines = |count: usize| (0..count).map(|n| format!("line {n}\n\n")).collect::<String>();
@@ -314,20 +310,5 @@ mod tests {
         let panic = |after| last_lines(&format!("{}{PANIC}: x\n{}", lines(99), lines(after)));
         assert!(panic(fewest).starts_with(PANIC) && panic(most - 1).starts_with(PANIC));
         assert!(panic(most).starts_with("line 0") && panic(0).ends_with(": x"));
-    }
-
-    #[test]
-    fn the_machine_is_what_the_configuration_says() {
-        let mut config = Config::default();
-        config.hypervisor.memory_mib = 300;
-        let make = |config: &Config| {
-            machine_config(&Id::try_from("x").unwrap(), config, Path::new("/s"), Path::new("/socket"))
-        };
-        let machine = make(&config);
-        assert_eq!(machine.vsock.unwrap().uds_path, None);
-        assert_eq!((machine.memory.size, machine.vcpus), (300 << 20, 1));
-        assert_eq!((machine.fs[0].tag.as_str(), machine.fs[0].shared_dir.as_path()), (TAG, Path::new("/s")));
-        config.agent.debug_console = true;
-        assert_eq!(make(&config).vsock.unwrap().uds_path.as_deref(), Some(Path::new("/socket")));
     }
 }

@@ -3,6 +3,8 @@
 //! | file | verb |
 //! | --- | --- |
 //! | `start` | from a request to a guest whose agent has set itself up |
+//! | `identity` | a guest that was restored becomes this sandbox's own |
+//! | `quiet` | a guest that has booted becomes a template |
 //! | `create` | a container |
 //! | `process` | start, wait, signal, add |
 //! | `stop` | end the machine, give everything back |
@@ -13,10 +15,13 @@
 pub mod agent;
 mod create;
 mod first_output;
-mod guest;
+pub mod guest;
 mod guest_log;
+mod identity;
+pub mod machine;
 pub mod persist;
 mod process;
+mod quiet;
 mod start;
 mod state;
 mod stop;
@@ -44,6 +49,7 @@ use trace::StartTimes;
 
 pub use create::{ContainerRequest, CreateError};
 pub use process::reported_pid;
+pub use quiet::QuietError;
 pub use start::{SandboxRequest, StartError};
 
 /// The parts of the process that can do what the service's threads may not.

@@ -15,9 +15,10 @@ use tokio::sync::watch;
 use tokio::time::MissedTickBehavior;
 
 use super::agent::{Agent, AgentError};
-use super::guest::{BootError, Guest};
+use super::guest::{BootError, Guest, Home};
 use super::persist::{PersistError, Record, SandboxDir};
-use super::{Host, Resources, Sandbox, StartTimes, State};
+use super::{Host, Resources, Sandbox, StartTimes, State, identity};
+use crate::bootstrap::with_causes;
 use crate::config::Config;
 use crate::events::Publisher;
 use crate::helper::{Named, Share};
@@ -28,6 +29,7 @@ use crate::resources::cgroup::{CgroupPath, MadeDirectories, Placement};
 use crate::resources::share::{GUEST_SHARE, TAG};
 use crate::resources::volumes::GUEST_SHM;
 use crate::run_dir::RunDir;
+use crate::template::{self, Plan, Store};
 
 /// Shortest time between two reports that a container ran out of memory.
 const OOM_INTERVAL: Duration = Duration::from_millis(100);
@@ -46,6 +48,8 @@ pub struct SandboxRequest {
     pub cgroup: Option<CgroupPath>,
     /// What containerd has named of the host for the container that makes the sandbox.
     pub named: Named,
+    /// The configuration's file, if it is not the usual one.
+    pub config_path: Option<PathBuf>,
     /// When the request arrived.
     pub t0: u64,
 }
@@ -121,6 +125,7 @@ impl Sandbox {
         host: Host,
         events: Arc<Publisher>,
     ) -> Result<Arc<Self>, StartError> {
+        let plan = template::plan(&config, request.config_path.as_deref(), run_dir, &host.main).await?;
         let dir = SandboxDir::create(run_dir, &request.id)?;
         let placement = match request.cgroup {
             Some(path) => Some(Placed::make(path, host.main.clone()).await?),
@@ -138,10 +143,10 @@ impl Sandbox {
         let resources = Resources { share, _placement: placement, dir };
 
         confine(config.runtime.confinement)?;
-        let guest =
-            Guest::boot(&request.id, &config, resources.share.exported(), &resources.dir.vsock_socket(), &host).await?;
+        let (guest, restored) = bring_up(&request.id, &config, &resources, plan, run_dir, &host).await?;
         let sandbox_request = sandbox_request(&request.id, request.hostname);
-        if let Err(error) = guest.agent.create_sandbox(&sandbox_request).await {
+        let set_clock = async { if restored { identity::set_clock(&guest.agent).await } else { Ok(()) } };
+        if let Err(error) = tokio::try_join!(guest.agent.create_sandbox(&sandbox_request), set_clock) {
             super::guest::console(guest.machine());
             guest.stop().await;
             return Err(StartError::Agent(error));
@@ -154,6 +159,7 @@ impl Sandbox {
             t2: points.first_run(),
             t3: points.guest_init(),
             t4: Some(guest.answered_at),
+            restored,
             ..StartTimes::default()
         };
         let agent = guest.agent.clone();
@@ -180,6 +186,42 @@ impl Sandbox {
 fn confine(confinement: Confinement) -> Result<(), ConfineError> {
     seccomp::confine_process(confinement)?;
     seccomp::take_role(confinement, seccomp::Role::Api)
+}
+
+/// The sandbox's guest, and whether it comes from a template. One that cannot be restored is booted.
+async fn bring_up(
+    id: &Id,
+    config: &Config,
+    resources: &Resources,
+    plan: Plan,
+    run_dir: &RunDir,
+    host: &Host,
+) -> Result<(Guest, bool), BootError> {
+    let home = Home {
+        name: id,
+        config,
+        shared: resources.share.exported(),
+        socket: &resources.dir.vsock_socket(),
+        main: &host.main,
+        before_start: &|| host.helper.seal(),
+    };
+    match plan {
+        Plan::Boot => {}
+        Plan::BootAndReport(maker) => drop(tokio::spawn(maker.report())),
+        Plan::Restore(template) => {
+            match Guest::restore(&home, Arc::clone(&template)).await {
+                Ok(guest) => return Ok((guest, true)),
+                Err(error) => {
+                    tracing::warn!("The sandbox boots: {}", with_causes(&error));
+                    // What lacks memory or time today may have it tomorrow; what does not fit never will.
+                    if matches!(&error, BootError::Restore(error) if !matches!(error, vmm::RestoreError::Build(_))) {
+                        Store::new(config, run_dir).discard(&template);
+                    }
+                }
+            }
+        }
+    }
+    Ok((Guest::boot(&home).await?, false))
 }
 
 fn sandbox_request(id: &Id, hostname: String) -> CreateSandboxRequest {

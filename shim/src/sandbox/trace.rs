@@ -13,6 +13,8 @@ use crate::ids::Id;
 /// Nanoseconds of `CLOCK_MONOTONIC` at which a start reached its stations.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct StartTimes {
+    /// Whether the guest was restored from a template: then its init ran long ago, and there is no T3.
+    pub restored: bool,
     /// The shim's create request arrived.
     pub t0: u64,
     /// The KVM machine existed.
@@ -46,7 +48,8 @@ pub fn now() -> u64 {
 
 impl StartTimes {
     fn is_complete(&self) -> bool {
-        [self.t1, self.t2, self.t3, self.t4, self.t5, self.t6].iter().all(Option::is_some)
+        (self.restored || self.t3.is_some())
+            && [self.t1, self.t2, self.t4, self.t5, self.t6].iter().all(Option::is_some)
     }
 
     /// Writes the times to the log, and to `file`, if there is one and no time is missing: its readers compute with
@@ -77,16 +80,30 @@ mod tests {
     fn a_start_is_one_line() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("trace");
-        let silent =
-            StartTimes { t0: 1000, t1: Some(1500), t2: Some(2), t3: Some(3), t4: Some(4), t5: Some(5), t6: None };
+        let silent = StartTimes {
+            restored: false,
+            t0: 1000,
+            t1: Some(1500),
+            t2: Some(2),
+            t3: Some(3),
+            t4: Some(4),
+            t5: Some(5),
+            t6: None,
+        };
         let complete = StartTimes { t6: Some(9), ..silent };
-        for (id, times) in [("x", complete), ("silent", silent), ("y", complete)] {
+        let without_init = StartTimes { t3: None, ..complete };
+        let restored = StartTimes { restored: true, ..without_init };
+        let starts = [("x", complete), ("silent", silent), ("no-init", without_init), ("y", complete), ("z", restored)];
+        for (id, times) in starts {
             times.report(&Id::try_from(id).unwrap(), Some(&file));
         }
         let text = std::fs::read_to_string(&file).unwrap();
         let lines: Vec<&str> = text.lines().collect();
-        assert_eq!(lines[0], r#"{"sandbox":"x","t0":1000,"t1":1500,"t2":2,"t3":3,"t4":4,"t5":5,"t6":9}"#);
-        assert!(lines.len() == 2 && lines[1].contains("\"y\""), "{text}");
+        let times = r#""t0":1000,"t1":1500,"t2":2,"t3":3,"t4":4,"t5":5,"t6":9}"#;
+        assert_eq!(lines[0], format!(r#"{{"sandbox":"x","restored":false,{times}"#));
+        assert!(lines.len() == 3 && lines[1].contains("\"y\""), "{text}");
+        let without_init = times.replace("\"t3\":3", "\"t3\":null");
+        assert_eq!(lines[2], format!(r#"{{"sandbox":"z","restored":true,{without_init}"#));
         assert!(now() > 0 && now() <= now());
     }
 }

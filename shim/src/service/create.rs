@@ -106,6 +106,7 @@ impl TaskService {
             namespace: self.namespace.clone(),
             socket: self.socket.clone(),
             hostname: hostname(spec, id),
+            config_path: path,
             cgroup: cgroups_path.and_then(|path| CgroupPath::parse(path.to_str()?)),
             named: Named { rootfs: rootfs.clone(), logger: streams.logger() },
             t0,

@@ -6,6 +6,7 @@ use std::fs;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::panic;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::{Mutex, MutexGuard, Once, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -207,6 +208,27 @@ impl Scene {
     #[track_caller]
     pub fn ctr(&self, args: &[&str]) -> Output {
         containerd().ctr(args)
+    }
+
+    /// The operator's command.
+    pub fn operator(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(&self.parts.shim);
+        containerd().environment(&mut command).args(args);
+        command
+    }
+
+    /// Runs the operator's command to its end.
+    #[track_caller]
+    pub fn inlay(&self, args: &[&str]) -> Output {
+        let started = Instant::now();
+        let output = self.operator(args).output().unwrap_or_else(|error| panic!("inlay {}: {error}", args.join(" ")));
+        let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+        Output {
+            status: output.status,
+            stdout: text(output.stdout),
+            stderr: text(output.stderr),
+            wall: started.elapsed(),
+        }
     }
 
     /// Runs a `ctr` command on a terminal, and talks to it.

@@ -10,10 +10,14 @@ use serde::Deserialize;
 /// The moments of one start, in nanoseconds of the monotonic clock.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Start {
+    /// Whether the guest was restored from a template.
+    #[serde(default)]
+    pub restored: bool,
     t0: u64,
     t1: u64,
     t2: u64,
-    t3: u64,
+    /// A guest that was restored has none: its init ran long ago.
+    t3: Option<u64>,
     t4: u64,
     t5: u64,
     t6: u64,
@@ -37,9 +41,9 @@ impl Start {
         text.lines().map(parse).collect()
     }
 
-    /// Length of each of the [`STAGES`].
+    /// Length of each of the [`STAGES`]. Where there is no T3, it is taken to be T2.
     pub fn stages(&self) -> [Duration; 6] {
-        let moments = [self.t0, self.t1, self.t2, self.t3, self.t4, self.t5, self.t6];
+        let moments = [self.t0, self.t1, self.t2, self.t3.unwrap_or(self.t2), self.t4, self.t5, self.t6];
         std::array::from_fn(|n| between(moments[n], moments[n + 1]))
     }
 

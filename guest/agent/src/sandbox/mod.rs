@@ -105,6 +105,11 @@ impl Sandbox {
         &self.0.oom
     }
 
+    /// Which sandbox the guest is, if it is one.
+    pub fn id(&self) -> Option<String> {
+        self.state().id.clone()
+    }
+
     /// CreateSandbox.
     pub async fn create(&self, request: &agent::CreateSandboxRequest) -> Result<(), Error> {
         if !request.guest_hook_path.is_empty() {

@@ -1,13 +1,15 @@
-//! The agent API: ttrpc on one port, standard streams on another, the log and the debug console beside them.
+//! The agent API: ttrpc on one port, standard streams on another, the log, the debug console and the making of templates
+//! beside them.
 
 mod console;
 mod health;
+mod quiet;
 mod service;
 mod status;
 
 use std::sync::Arc;
 
-use agent_proto::{agent_ttrpc, health_ttrpc};
+use agent_proto::{TEMPLATE_PORT, agent_ttrpc, health_ttrpc};
 use anyhow::{Context, Result};
 
 use crate::log;
@@ -22,7 +24,7 @@ pub const MAX_BLOCKING_THREADS: usize = 8;
 
 /// Serves until the sandbox is destroyed.
 pub async fn run(transport: Transport, params: Params) -> Result<()> {
-    let records = log::init(params.log_level);
+    let (records, log_connection) = log::init(params.log_level);
     let reaper = Reaper::default();
     tokio::spawn(reaper.clone().run());
 
@@ -45,11 +47,14 @@ pub async fn run(transport: Transport, params: Params) -> Result<()> {
         tokio::spawn(console::serve(listener));
     }
 
+    let templates = transport.listen(TEMPLATE_PORT).context("Listening for the maker of a template")?;
+    tokio::spawn(quiet::serve(templates, sandbox.clone(), log_connection));
+
     // Last: to the host this connection means that the agent listens.
     let connect = move || transport.connect_to_host(params.log_port);
-    let sink = tokio::task::spawn_blocking(connect).await.context("Connecting to the log")?;
-    let refused = sink.as_ref().err().map(ToString::to_string);
-    log::drain(records, sink.ok());
+    let first = tokio::task::spawn_blocking(connect.clone()).await.context("Connecting to the log")?;
+    let refused = first.as_ref().err().map(ToString::to_string);
+    log::drain(records, first.ok(), connect);
     tracing::info!(version = env!("CARGO_PKG_VERSION"), log_refused = refused, "The agent listens");
     for warning in &params.warnings {
         tracing::warn!("{warning}");

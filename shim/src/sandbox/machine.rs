@@ -1,0 +1,127 @@
+//! What a sandbox's machine is made of.
+//!
+//! A machine that is saved as a template is made of the same: see [`devices`].
+
+use std::path::Path;
+
+use devices::virtio::fs::CachePolicy;
+use tracing_subscriber::filter::LevelFilter;
+use vmm::{BASE_CMDLINE, BootConfig, FsConfig, MachineConfig, MemoryConfig, RngConfig, VsockConfig};
+
+use crate::config::{Config, FsCache};
+use crate::ids::Id;
+use crate::resources::share::TAG;
+
+/// The guest's context id. Every machine has a vsock device of its own, so one number does for all; it is the first
+/// that may be a guest's (virtio 1.2 section 5.10.4).
+const GUEST_CID: u64 = 3;
+/// Request queues of the shared file system. One is served by one thread.
+const FS_REQUEST_QUEUES: u16 = 1;
+const FS_QUEUE_SIZE: u16 = 128;
+/// One thread for what waits for a disk, and one for data.
+const FS_WORKERS: u16 = 2;
+
+/// What a sandbox's machine is made of.
+pub fn machine_config(sandbox: &Id, config: &Config, shared: &Path, socket: &Path) -> MachineConfig {
+    let hypervisor = &config.hypervisor;
+    let boot = BootConfig {
+        kernel: hypervisor.kernel.clone(),
+        initrd: Some(hypervisor.initrd.clone()),
+        cmdline: command_line(config),
+    };
+    let memory = MemoryConfig::from_size(hypervisor.memory_mib << 20);
+    let mut machine = MachineConfig::new(sandbox.as_str(), memory, boot);
+    machine.vcpus = u8::try_from(hypervisor.vcpus.get()).unwrap_or(u8::MAX);
+    machine.fs = vec![FsConfig {
+        tag: TAG.to_owned(),
+        shared_dir: shared.to_owned(),
+        cache: match hypervisor.fs_cache {
+            FsCache::Never => CachePolicy::Never,
+            FsCache::Auto => CachePolicy::Auto,
+            FsCache::Always => CachePolicy::Always,
+        },
+        num_request_queues: FS_REQUEST_QUEUES,
+        queue_size: FS_QUEUE_SIZE,
+        writeback: false,
+        workers: FS_WORKERS,
+        xattr: true,
+        // Nobody but the sandbox writes to its share.
+        posix_locks: false,
+    }];
+    // The shim itself needs no socket; a person needs one to reach the debug console.
+    let uds_path = config.agent.debug_console.then(|| socket.to_owned());
+    machine.vsock = Some(VsockConfig { guest_cid: GUEST_CID, uds_path });
+    machine.rng = Some(RngConfig::default());
+    machine.confinement = config.runtime.confinement;
+    machine
+}
+
+/// The kernel's command line: the machine's own words, the agent's, then what the operator added.
+pub fn command_line(config: &Config) -> String {
+    let mut words = vec![BASE_CMDLINE.to_owned()];
+    if config.runtime.log_level < LevelFilter::DEBUG {
+        // Every line on the serial console costs the guest an exit for each byte.
+        words.push("quiet".to_owned());
+    }
+    if config.agent.debug {
+        words.push("agent.log=debug".to_owned());
+    }
+    if config.agent.debug_console {
+        words.push("agent.debug_console".to_owned());
+    }
+    if !config.hypervisor.kernel_params.is_empty() {
+        words.push(config.hypervisor.kernel_params.clone());
+    }
+    words.join(" ")
+}
+
+/// The devices in their order, each with what the guest knows of it: a machine that is restored must have the same.
+pub fn devices(machine: &MachineConfig) -> Vec<String> {
+    let fs = machine.fs.iter().map(|fs| {
+        let FsConfig { tag, num_request_queues: queues, queue_size: size, .. } = fs;
+        format!("fs {tag} with {queues} queue of {size}")
+    });
+    let blk = machine.blk.iter().map(|_| "blk".to_owned());
+    let net = machine.net.iter().map(|_| "net".to_owned());
+    let vsock = machine.vsock.iter().map(|vsock| format!("vsock {}", vsock.guest_cid));
+    let rng = machine.rng.iter().map(|_| "rng".to_owned());
+    fs.chain(blk).chain(net).chain(vsock).chain(rng).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_has_the_agents_and_the_operators_words() {
+        let mut config = Config::default();
+        assert!(command_line(&config).starts_with(BASE_CMDLINE) && command_line(&config).ends_with(" quiet"));
+        config.agent.debug = true;
+        config.agent.debug_console = true;
+        config.hypervisor.kernel_params = "a=b c".to_owned();
+        config.runtime.log_level = LevelFilter::DEBUG;
+        assert_eq!(command_line(&config), format!("{BASE_CMDLINE} agent.log=debug agent.debug_console a=b c"));
+    }
+
+    #[test]
+    fn the_machine_is_what_the_configuration_says() {
+        let mut config = Config::default();
+        config.hypervisor.memory_mib = 300;
+        let make = |config: &Config| {
+            machine_config(&Id::try_from("x").unwrap(), config, Path::new("/s"), Path::new("/socket"))
+        };
+        let machine = make(&config);
+        assert_eq!(machine.vsock.unwrap().uds_path, None);
+        assert_eq!((machine.memory.size, machine.vcpus), (300 << 20, 1));
+        assert_eq!((machine.fs[0].tag.as_str(), machine.fs[0].shared_dir.as_path()), (TAG, Path::new("/s")));
+        config.agent.debug_console = true;
+        assert_eq!(make(&config).vsock.unwrap().uds_path.as_deref(), Some(Path::new("/socket")));
+    }
+
+    #[test]
+    fn devices_are_told_in_their_order() {
+        let machine =
+            machine_config(&Id::try_from("x").unwrap(), &Config::default(), Path::new("/s"), Path::new("/socket"));
+        assert_eq!(devices(&machine), ["fs kataShared with 1 queue of 128", "vsock 3", "rng"]);
+    }
+}

@@ -1,0 +1,101 @@
+//! A template that can be restored, or the sentence why not.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use super::key::Key;
+use super::record::{Files, Record};
+use super::{Store, TemplateError, file_error};
+use crate::config::Config;
+use crate::ids::Id;
+
+/// A template whose directory is open: it can be restored from even when another one takes its name, or none.
+#[derive(Debug)]
+pub struct Template {
+    directory: File,
+    record: Record,
+}
+
+impl Template {
+    /// Opens the template `name`. Its files must be those that were saved; they are read only where they may not be.
+    pub fn open(store: &Store, name: &Id) -> Result<Self, TemplateError> {
+        let path = store.path(name);
+        let opened = OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW).open(&path);
+        let directory = match opened {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(TemplateError::Missing(name.clone())),
+            opened => opened.map_err(file_error("open", &path))?,
+        };
+        let record = Record::read(name, &through(&directory))?;
+        let template = Self { directory, record };
+        template.check_files(name)?;
+        Ok(template)
+    }
+
+    /// That the template is of the machine that `config` describes.
+    pub fn check(&self, config: &Config) -> Result<(), TemplateError> {
+        let name = &self.record.name;
+        let difference = match self.record.key.difference(&Key::of(config, name)) {
+            None => self.record.images.difference(config)?,
+            found => found,
+        };
+        match difference {
+            None => Ok(()),
+            Some(difference) => Err(TemplateError::Differs { name: name.clone(), difference }),
+        }
+    }
+
+    /// Compares all files with the checksums that were taken when they were written.
+    pub fn verify(&self) -> Result<(), TemplateError> {
+        let name = &self.record.name;
+        if !self.look()?.same_manifest(&self.record.files) {
+            return Err(TemplateError::Manifest(name.clone()));
+        }
+        vmm::snapshot::verify(&self.directory()).map_err(|source| TemplateError::Damaged { name: name.clone(), source })
+    }
+
+    /// Where its files are, whatever has its name by now.
+    pub fn directory(&self) -> PathBuf {
+        through(&self.directory)
+    }
+
+    /// What it says about itself.
+    pub fn record(&self) -> &Record {
+        &self.record
+    }
+
+    /// Whether `path` is this template still.
+    pub fn is_at(&self, path: &Path) -> bool {
+        let same = || {
+            let (ours, theirs) = (self.directory.metadata()?, path.symlink_metadata()?);
+            Ok::<_, io::Error>((ours.dev(), ours.ino()) == (theirs.dev(), theirs.ino()))
+        };
+        same().unwrap_or(false)
+    }
+
+    /// A file that nobody has written to since it was saved need not be read. One that was, or that was copied, is
+    /// compared with its checksums.
+    fn check_files(&self, name: &Id) -> Result<(), TemplateError> {
+        if self.record.name != *name {
+            return Err(TemplateError::Record { name: name.clone(), why: "it is that of another template" });
+        }
+        let present = self.look()?;
+        if present == self.record.files {
+            return Ok(());
+        }
+        self.verify()?;
+        tracing::warn!(template = %name, "The template's files are not the very ones that were saved: each start reads all of them");
+        Ok(())
+    }
+
+    fn look(&self) -> Result<Files, TemplateError> {
+        Files::look(&self.directory())
+    }
+}
+
+/// The way through an open directory: no renaming leads elsewhere.
+fn through(directory: &File) -> PathBuf {
+    format!("/proc/self/fd/{}", directory.as_raw_fd()).into()
+}

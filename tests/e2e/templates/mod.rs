@@ -1,0 +1,72 @@
+//! Sandboxes that are restored from a template instead of being booted.
+
+mod identity;
+mod life;
+mod refusals;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use inlay_tests::harness::trace::Start;
+use inlay_tests::harness::{HOME, Scene, configure};
+use inlay_tests::images;
+
+/// The template of the usual configuration file.
+const NAME: &str = "default";
+
+/// A configuration whose sandboxes come from templates, with more lines for its `[factory]`.
+fn with_factory(scene: &Scene, machine: &str, factory: &str) {
+    let text = scene.parts.configuration(machine);
+    configure(&format!("{text}\n[factory]\nenable_template = true\n{factory}\n")).unwrap();
+}
+
+/// Makes the template by hand, and returns its mark.
+#[track_caller]
+fn make(scene: &Scene) -> String {
+    let made = scene.inlay(&["template", "create", NAME]).ok();
+    println!("{} (made in {:.1} s)", made.stdout.trim_end(), made.wall.as_secs_f64());
+    mark(scene).expect("a template")
+}
+
+/// What the kernel's log of each guest says that comes from the template; `None` while there is none.
+fn mark(scene: &Scene) -> Option<String> {
+    let shown = scene.inlay(&["template", "show", NAME]);
+    let line = shown.stdout.lines().find(|line| line.starts_with("mark "))?;
+    line.split_whitespace().nth(1).map(str::to_owned)
+}
+
+/// Waits for a template whose mark is not `other`.
+#[track_caller]
+fn wait_for_another(scene: &Scene, other: &str) {
+    scene.wait_for("another template", || mark(scene).is_some_and(|mark| mark != other));
+}
+
+#[track_caller]
+fn remove(scene: &Scene) {
+    scene.inlay(&["template", "remove", NAME]).ok();
+}
+
+/// The file of the template's directory.
+fn file(name: &str) -> PathBuf {
+    Path::new("/run/inlay/templates").join(NAME).join(name)
+}
+
+/// Runs a container that prints its guest's kernel log, and returns the template's mark in it.
+#[track_caller]
+fn mark_seen_inside(scene: &Scene) -> Option<String> {
+    let log = scene.run_with(&["--privileged"], images::BUSYBOX, &["dmesg"]).ok().stdout;
+    find_mark(&log)
+}
+
+fn find_mark(log: &str) -> Option<String> {
+    let line = log.lines().find(|line| line.contains("inlay-agent: template "))?;
+    line.split_whitespace().last().map(str::to_owned)
+}
+
+/// The starts that have been traced since the last call.
+fn take_starts() -> Vec<Start> {
+    let path = Path::new(HOME).join("trace.jsonl");
+    let starts = Start::read(&path).unwrap_or_default();
+    let _ = fs::remove_file(path);
+    starts
+}
