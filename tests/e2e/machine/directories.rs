@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use inlay_tests::harness::standalone::{Rig, Vm, host, md5, noise};
 
-crate::on_a_rig!(hold_files_of_both_sides, live_through_the_end_of_their_process);
+crate::on_a_rig!(hold_files_of_both_sides);
 
 /// Bytes of a file that goes through a directory, and of a drive.
 const AMOUNT: u64 = 4 << 20;
@@ -38,16 +38,6 @@ impl Backend {
         let options = ["-o", "sandbox=chroot", "-o", "log_level=err", "--rlimit-nofile=1024"];
         let args = [&[path.as_str(), "-o", &source][..], &options].concat();
         Self::start("/usr/lib/qemu/virtiofsd", &args, socket)
-    }
-
-    /// QEMU's storage daemon with one drive.
-    fn storage(socket: &Path, file: &Path) -> Self {
-        let file = format!("driver=file,node-name=disk,filename={}", file.display());
-        let export = format!(
-            "type=vhost-user-blk,id=e,node-name=disk,addr.type=unix,addr.path={},writable=on",
-            socket.display()
-        );
-        Self::start("/usr/bin/qemu-storage-daemon", &["--blockdev", &file, "--export", &export], socket)
     }
 }
 
@@ -100,40 +90,5 @@ fn hold_files_of_both_sides(rig: &Rig) {
         .boot();
     exchange(&vm, "own", &own);
     exchange(&vm, "remote", &remote);
-    assert!(vm.quit().success());
-}
-
-/// A drive of another process, which is killed twice while the guest writes, and comes again. One request at a time: this backend
-/// does not tell its successor which of several it had done, and then there is no going on.
-fn live_through_the_end_of_their_process(rig: &Rig) {
-    let file = rig.file("disk", AMOUNT);
-    let socket = rig.path("storage");
-    let mut backend = Backend::storage(&socket, &file);
-    let vm = rig
-        .vm()
-        .cpus(2)
-        .shared()
-        .option("-chardev", format!("socket,id=c,path={}", socket.display()))
-        .option("-device", "vhost-user-blk-device,id=d,chardev=c")
-        .boot();
-    // Behind the slots, which are empty.
-    let disk = vm.sh(&format!("grep -lx {} /sys/block/vd*/size | cut -d / -f 4", AMOUNT / 512));
-    let disk = disk.trim();
-    let load = vm.spawn(&format!(
-        "fio --name=v --thread --filename=/dev/{disk} --direct=1 --ioengine=psync --rw=randwrite --bs=4k \
-         --size=2m --loops=2 --verify=crc32c --verify_fatal=1 --minimal"
-    ));
-    for _ in 0..2 {
-        std::thread::sleep(Duration::from_millis(700));
-        vm.assert_running(&load);
-        drop(backend);
-        // It leaves its socket behind.
-        let _ = fs::remove_file(&socket);
-        std::thread::sleep(Duration::from_millis(300));
-        backend = Backend::storage(&socket, &file);
-    }
-    vm.join(load);
-    let guest = vm.sh(&format!("echo 3 >/proc/sys/vm/drop_caches; md5sum </dev/{disk}"));
-    assert!(guest.starts_with(&md5(&file)), "{guest}");
     assert!(vm.quit().success());
 }

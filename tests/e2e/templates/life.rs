@@ -4,21 +4,17 @@ use std::fs;
 use std::path::Path;
 use std::process::Stdio;
 
-use inlay_tests::harness::{HOME, Scene, containerd};
+use inlay_tests::harness::Scene;
 use inlay_tests::images;
-use nix::mount::{MsFlags, mount, umount};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::{NAME, find_mark, make, mark, mark_seen_inside, remove, take_starts, wait_for_another, with_factory};
+use super::{NAME, make, mark, mark_seen_inside, remove, take_starts, wait_for_another, with_factory};
 
 crate::for_inlay!(
     boots_first_and_restores_from_then_on,
     restores_a_sandbox_that_works_as_a_booted_one,
-    keeps_clones_whose_template_is_removed,
-    starts_ten_at_once_from_one_template,
     goes_on_where_a_killed_maker_stopped,
-    leaves_nothing_on_a_full_disk_and_boots,
     boots_where_no_template_can_be_kept,
 );
 
@@ -67,53 +63,6 @@ fn restores_a_sandbox_that_works_as_a_booted_one(scene: &Scene) {
     remove(scene);
 }
 
-fn keeps_clones_whose_template_is_removed(scene: &Scene) {
-    with_factory(scene, "", "");
-    let first = make(scene);
-    let id = scene.start(&["sh", "-c", "echo mine > /tmp/file; exec sleep 1000"]);
-    remove(scene);
-    // Pages that nobody has touched yet come from a file without a name.
-    let script =
-        "cat /tmp/file; dd if=/dev/zero of=/dev/shm/x bs=1M count=16 2>/dev/null; cksum < /dev/shm/x; dmesg | tail -1";
-    let output = scene.exec(&id, &["sh", "-c", script]).ok().stdout;
-    assert!(output.starts_with("mine\n"), "{output}");
-    // The next one boots, and has another template made.
-    take_starts();
-    scene.run(&["echo", "."]).ok();
-    assert_eq!(take_starts().iter().map(|start| start.restored).collect::<Vec<_>>(), [false]);
-    wait_for_another(scene, &first);
-    assert_eq!(scene.exec(&id, &["echo", "still here"]).ok().stdout, "still here\n");
-    scene.remove(&id);
-    remove(scene);
-}
-
-/// All of them wait for the one that makes it, so none of them boots.
-fn starts_ten_at_once_from_one_template(scene: &Scene) {
-    with_factory(scene, "", "wait_for_template = true");
-    take_starts();
-    let ids: Vec<String> = (0..10).map(|_| scene.id("first")).collect();
-    let children: Vec<_> = ids
-        .iter()
-        .map(|id| {
-            let mut command = containerd().command();
-            let options = ["run", "--rm", "--privileged", "--runtime", scene.runtime.name()];
-            command.args(options).args([images::BUSYBOX, id, "dmesg"]);
-            command.stdout(Stdio::piped()).spawn().unwrap()
-        })
-        .collect();
-    let mut marks = Vec::new();
-    for child in children {
-        let output = child.wait_with_output().unwrap();
-        assert!(output.status.success(), "{output:?}");
-        marks.push(find_mark(&String::from_utf8_lossy(&output.stdout)));
-    }
-    let mark = mark(scene);
-    assert!(mark.is_some() && marks.iter().all(|seen| *seen == mark), "{mark:?}, {marks:?}");
-    let starts = take_starts();
-    assert!(starts.len() == 10 && starts.iter().all(|start| start.restored), "{starts:?}");
-    remove(scene);
-}
-
 fn goes_on_where_a_killed_maker_stopped(scene: &Scene) {
     with_factory(scene, "", "");
     let draft = Path::new("/run/inlay/templates/.default.draft");
@@ -130,24 +79,6 @@ fn goes_on_where_a_killed_maker_stopped(scene: &Scene) {
     let names: Vec<_> = fs::read_dir("/run/inlay/templates").unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(names, [NAME]);
     remove(scene);
-}
-
-fn leaves_nothing_on_a_full_disk_and_boots(scene: &Scene) {
-    let dir = Path::new(HOME).join("small");
-    fs::create_dir(&dir).unwrap();
-    mount(Some("tmpfs"), &dir, Some("tmpfs"), MsFlags::empty(), Some("size=4m")).unwrap();
-    with_factory(scene, "", &format!("template_path = \"{}\"", dir.display()));
-    let failed = scene.inlay(&["template", "create", NAME]).failed();
-    assert!(failed.stderr.contains("No space left on device"), "{failed:?}");
-    let left: Vec<_> = fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().file_name()).collect();
-    assert_eq!(left, [".default.failed"]);
-    // A start says why there is none, and that it was tried a short time ago.
-    scene.run(&["true"]).ok();
-    let log = scene.log();
-    assert!(log.contains("No template is made, as this failed a short time ago"), "{log}");
-    remove(scene);
-    umount(&dir).unwrap();
-    fs::remove_dir(&dir).unwrap();
 }
 
 fn boots_where_no_template_can_be_kept(scene: &Scene) {

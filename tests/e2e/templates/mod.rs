@@ -2,7 +2,6 @@
 
 mod identity;
 mod life;
-mod refusals;
 
 use std::fs;
 use std::path::{Path, PathBuf};
