@@ -4,7 +4,7 @@ mod identity;
 mod life;
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use inlay_tests::harness::trace::Start;
 use inlay_tests::harness::{HOME, Scene, configure};
@@ -43,11 +43,6 @@ fn wait_for_another(scene: &Scene, other: &str) {
 #[track_caller]
 fn remove(scene: &Scene) {
     scene.inlay(&["template", "remove", NAME]).ok();
-}
-
-/// The file of the template's directory.
-fn file(name: &str) -> PathBuf {
-    Path::new("/run/inlay/templates").join(NAME).join(name)
 }
 
 /// Runs a container that prints its guest's kernel log, and returns the template's mark in it.
