@@ -66,8 +66,9 @@ impl Control {
     /// Ends the machine for `reason`, unless it has ended already. Does not wait, so that a
     /// processor's thread can call it.
     pub fn end(&self, reason: ExitReason) {
-        self.exit.set(reason);
+        // In this order: whoever has the reason finds the processors held for good.
         self.gate.end();
+        self.exit.set(reason);
         self.kick();
     }
 
