@@ -6,13 +6,15 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use inlay_tests::harness::trace::{STAGES, Start};
-use inlay_tests::harness::{HOME, Pss, Runtime, Scene, containerd, play};
+use inlay_tests::harness::{HOME, Pss, Runtime, Scene, configure, containerd, play};
 use inlay_tests::images;
 
 /// What is piped through a container, in bytes.
 const AMOUNT: u64 = 100_000_000;
+/// The template of the usual configuration file.
+const TEMPLATE: &str = "default";
 
 fn main() {
     play(Runtime::Inlay, |scene| {
@@ -49,14 +51,7 @@ fn show(scene: &Scene) -> Result<()> {
     let output = scene.run_with(&[], images::DEBIAN, &["python3", "-c", script]).ok();
     print!("$ ctr run … {} python3 -c …\n{}", images::DEBIAN, output.stdout);
 
-    title("What the first start cost (cold, in milliseconds)");
-    let starts = Start::read(&Path::new(HOME).join("trace.jsonl"))?;
-    let first = starts.first().context("No start was traced")?;
-    for (stage, time) in STAGES.iter().zip(first.stages()) {
-        print_time(stage, time);
-    }
-    print_time("T0→T4 until the agent answers", first.to_agent());
-    print_time("T0→T6 until the first output", first.to_output());
+    template(scene)?;
 
     title("Sizes");
     for path in [&scene.parts.kernel, &scene.parts.initrd, &scene.parts.shim] {
@@ -112,6 +107,43 @@ fn pipe(scene: &Scene) -> Result<()> {
     Ok(())
 }
 
+/// The demonstration's first start, one that boots while a template is made beside it, and one that is restored from that.
+fn template(scene: &Scene) -> Result<()> {
+    title("A template: the first start boots, the second is restored (in milliseconds)");
+    configure(&format!("{}\n[factory]\nenable_template = true\n", scene.parts.configuration("")))?;
+    let trace = Path::new(HOME).join("trace.jsonl");
+    let alone = Start::read(&trace)?.into_iter().next().context("No start was traced")?;
+    fs::remove_file(&trace)?;
+    print_run(scene, &["echo", "."]);
+    let mark = || {
+        let shown = scene.inlay(&["template", "show", TEMPLATE]).stdout;
+        let line = shown.lines().find(|line| line.starts_with("mark "))?;
+        line.split_whitespace().nth(1).map(str::to_owned)
+    };
+    scene.wait_for("the template", || mark().is_some());
+    let mark = mark().context("The template is gone again")?;
+    print!("$ inlay template list\n{}", scene.inlay(&["template", "list"]).ok().stdout);
+
+    // The nonce is in no file that the guest can see: its kernel's log has it if its memory is the template's.
+    let log = scene.run_with(&["--privileged"], images::BUSYBOX, &["dmesg"]).ok().stdout;
+    let seen = log.lines().find(|line| line.contains(&mark)).context("The second guest is not the template's")?;
+    println!("$ ctr run --privileged … dmesg | grep {mark}\n{seen}\n");
+    print_run(scene, &["echo", "."]);
+
+    let starts = Start::read(&trace)?;
+    let [making, .., restored] = starts.as_slice() else { bail!("Not all starts were traced") };
+    ensure!(!making.restored && restored.restored, "The first start was to boot, and the last to be restored");
+    let columns = [&alone, making, restored];
+    println!("{:<38} {:>9} {:>15} {:>9}", "", "booted", "with the maker", "restored");
+    for (index, stage) in STAGES.iter().enumerate() {
+        print_times(stage, columns.map(|start| start.stages()[index]));
+    }
+    print_times("T0→T4 until the agent answers", columns.map(Start::to_agent));
+    print_times("T0→T6 until the first output", columns.map(Start::to_output));
+    scene.inlay(&["template", "remove", TEMPLATE]).ok();
+    Ok(())
+}
+
 fn checksum(path: &Path) -> Result<String> {
     let output = Command::new("sha256sum").arg(path).output().context("Cannot run sha256sum")?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -127,8 +159,9 @@ fn print_run(scene: &Scene, args: &[&str]) {
     print!("{}", scene.run(args).ok().stdout);
 }
 
-fn print_time(what: &str, time: Duration) {
-    println!("{what:<38} {:>9.1}", time.as_secs_f64() * 1e3);
+fn print_times(what: &str, times: [Duration; 3]) {
+    let [alone, making, restored] = times.map(|time| time.as_secs_f64() * 1e3);
+    println!("{what:<38} {alone:>9.1} {making:>15.1} {restored:>9.1}");
 }
 
 fn megabytes(path: &Path) -> Result<f64> {
