@@ -27,6 +27,11 @@ const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_millis(3200);
 const ATTEMPTS: u32 = 30;
 
+/// Where containerd takes events, as it tells what it starts.
+pub fn address_from_environment() -> Option<String> {
+    std::env::var(ADDRESS_VARIABLE).ok().filter(|address| !address.is_empty())
+}
+
 /// Takes events and sends them in the background.
 pub struct Publisher {
     namespace: String,
@@ -35,13 +40,8 @@ pub struct Publisher {
 }
 
 impl Publisher {
-    /// A publisher for containerd's namespace. Without `TTRPC_ADDRESS` events are logged and go nowhere.
-    pub fn from_environment(namespace: &str) -> Self {
-        let address = std::env::var(ADDRESS_VARIABLE).ok().filter(|address| !address.is_empty());
-        Self::to(namespace, address)
-    }
-
-    fn to(namespace: &str, address: Option<String>) -> Self {
+    /// A publisher for containerd's namespace. Without an address events are logged and go nowhere.
+    pub fn new(namespace: &str, address: Option<String>) -> Self {
         let (sender, receiver) = mpsc::channel(QUEUE_LENGTH);
         let worker = tokio::spawn(send_all(address, receiver));
         Self { namespace: namespace.to_owned(), queue: Mutex::new(Some(sender)), worker: Mutex::new(Some(worker)) }
@@ -147,7 +147,7 @@ mod tests {
     async fn events_arrive_in_order_even_if_containerd_comes_late() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("ttrpc");
-        let publisher = Publisher::to("ns", Some(path.to_str().unwrap().to_owned()));
+        let publisher = Publisher::new("ns", Some(path.to_str().unwrap().to_owned()));
         publisher.publish(topics::TASK_START_EVENT_TOPIC, &TaskStart { pid: 7, ..TaskStart::default() });
         publisher.publish(topics::TASK_OOM_EVENT_TOPIC, &TaskOOM::default());
         tokio::time::sleep(FIRST_PAUSE).await;

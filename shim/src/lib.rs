@@ -5,6 +5,7 @@
 //!                                                          │           ├─▶ agent (guest, ttrpc over vsock)
 //!                                                          │           ├─▶ resources (rootfs, volumes, cgroup)
 //!                                                          │           └─▶ template (restored instead of booted)
+//!                                                          │                  └─ pool (restored before it is asked for)
 //!                                                          └──▶ events ──▶ containerd
 //! ```
 //!
@@ -32,12 +33,14 @@ mod cli;
 mod config;
 mod container;
 mod events;
+mod file_lock;
 mod helper;
 mod ids;
 mod lock;
 mod log;
 mod main_thread;
 mod oci;
+mod pool;
 mod readiness;
 mod resources;
 mod run_dir;

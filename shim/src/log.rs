@@ -10,7 +10,7 @@ use std::io::{self, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
-use std::sync::{Arc, OnceLock};
+use std::sync::OnceLock;
 use std::time::SystemTime;
 
 use tracing::field::{Field, Visit};
@@ -27,6 +27,7 @@ use crate::ids::Id;
 /// Name of containerd's FIFO in the bundle directory.
 const FIFO: &str = "log";
 
+static FIFO_OF_THE_BUNDLE: OnceLock<File> = OnceLock::new();
 /// One process serves one sandbox, so its id is the process's.
 static SANDBOX: OnceLock<Id> = OnceLock::new();
 static LEVEL: OnceLock<Box<dyn Fn(LevelFilter) + Send + Sync>> = OnceLock::new();
@@ -45,14 +46,11 @@ pub fn set_level(level: LevelFilter) {
 
 /// Sends records to containerd's FIFO in `bundle`, or to stderr where there is none.
 pub fn init(bundle: Option<&Path>, level: LevelFilter) {
-    let open = |path| OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(path).ok();
-    let fifo = bundle.and_then(|bundle| open(bundle.join(FIFO)));
-    if let Some(fifo) = &fifo {
-        // The subscriber keeps it open as long as the process lives.
-        seccomp::report_to(fifo.as_raw_fd());
+    if let Some(bundle) = bundle {
+        send_to(bundle);
     }
     let (filter, handle) = reload::Layer::new(level);
-    let lines = tracing_subscriber::fmt::layer().event_format(Logfmt).with_writer(Output(fifo.map(Arc::new)));
+    let lines = tracing_subscriber::fmt::layer().event_format(Logfmt).with_writer(Output);
     if tracing::subscriber::set_global_default(tracing_subscriber::registry().with(filter).with(lines)).is_ok() {
         let _ = LEVEL.set(Box::new(move |level| {
             let _ = handle.reload(level);
@@ -61,14 +59,23 @@ pub fn init(bundle: Option<&Path>, level: LevelFilter) {
     std::panic::set_hook(Box::new(|panic| tracing::error!("The shim panicked: {panic}")));
 }
 
+/// Sends records to containerd's FIFO in `bundle` from now on, if there is one. The first call counts.
+pub fn send_to(bundle: &Path) {
+    let opened = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(bundle.join(FIFO));
+    if let Ok(fifo) = opened {
+        // Open as long as the process lives.
+        seccomp::report_to(FIFO_OF_THE_BUNDLE.get_or_init(|| fifo).as_raw_fd());
+    }
+}
+
 #[derive(Clone)]
-struct Output(Option<Arc<File>>);
+struct Output;
 
 impl Write for Output {
     fn write(&mut self, record: &[u8]) -> io::Result<usize> {
-        match &self.0 {
+        match FIFO_OF_THE_BUNDLE.get() {
             // A record is at most PIPE_BUF long or may be cut; a full pipe drops it.
-            Some(fifo) => (&**fifo).write(record).or(Ok(record.len())),
+            Some(mut fifo) => fifo.write(record).or(Ok(record.len())),
             None => io::stderr().write(record),
         }
     }

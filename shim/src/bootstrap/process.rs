@@ -41,8 +41,20 @@ impl ProcessIdentity {
 
     /// Kills the process and waits until it is gone, at most `patience`. One that is gone already is success.
     pub fn kill(&self, patience: Duration) -> io::Result<()> {
+        self.end(libc::SIGKILL, patience)
+    }
+
+    /// As [`kill`](Self::kill), after the process had that long to end by itself.
+    pub fn terminate(&self, patience: Duration) -> io::Result<()> {
+        match self.end(libc::SIGTERM, patience) {
+            Err(error) if error.kind() == io::ErrorKind::TimedOut => self.kill(patience),
+            ended => ended,
+        }
+    }
+
+    fn end(&self, signal: libc::c_int, patience: Duration) -> io::Result<()> {
         let Some(pidfd) = self.open()? else { return Ok(()) };
-        send_kill(&pidfd)?;
+        send(&pidfd, signal)?;
         let timeout = PollTimeout::try_from(patience).unwrap_or(PollTimeout::MAX);
         // A pidfd becomes readable when its process ends (pidfd_open(2)).
         match nix::poll::poll(&mut [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)], timeout)? {
@@ -66,17 +78,11 @@ impl ProcessIdentity {
     }
 }
 
-fn send_kill(pidfd: &OwnedFd) -> io::Result<()> {
+fn send(pidfd: &OwnedFd, signal: libc::c_int) -> io::Result<()> {
     use std::os::fd::AsRawFd;
     // SAFETY: pidfd_send_signal reads no memory when its third argument is null.
     let result = unsafe {
-        libc::syscall(
-            libc::SYS_pidfd_send_signal,
-            pidfd.as_raw_fd(),
-            libc::SIGKILL,
-            std::ptr::null::<libc::siginfo_t>(),
-            0,
-        )
+        libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), signal, std::ptr::null::<libc::siginfo_t>(), 0)
     };
     if result == 0 {
         return Ok(());
@@ -128,6 +134,21 @@ mod tests {
         assert!(!earlier.is_alive());
         // A reused id is never killed: this would end the test itself.
         earlier.kill(Duration::from_secs(1)).unwrap();
+    }
+
+    #[test]
+    fn kills_what_does_not_end() {
+        let mut child = std::process::Command::new("sh")
+            .args(["-c", "trap '' TERM; echo; sleep 60 & wait; wait"])
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        // Its first line says that the signal is ignored.
+        std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut [0]).unwrap();
+        let identity = ProcessIdentity::of_child(Pid::from_raw(child.id().try_into().unwrap())).unwrap();
+        identity.terminate(Duration::from_millis(200)).unwrap();
+        assert!(!identity.is_alive());
+        child.wait().unwrap();
     }
 
     #[test]

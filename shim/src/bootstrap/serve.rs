@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::Builder;
 
@@ -13,8 +13,10 @@ use ttrpc::r#async::Server;
 use ttrpc::r#async::transport::Listener;
 
 use super::flags::Flags;
+use crate::events::{self, Publisher};
 use crate::helper::{self, Grounds};
 use crate::ids::{Id, IdError};
+use crate::pool::{self, Spare};
 use crate::run_dir::RunDir;
 use crate::sandbox::Host;
 use crate::service::TaskService;
@@ -70,27 +72,43 @@ fn serve(flags: &Flags) -> Result<(), ServeError> {
     let id = Id::try_from(flags.id.as_str())?;
     log::set_sandbox(&id);
     let listener = inherited_listener()?;
+    // What the helper must not have: it would keep them open.
+    let sign = pool::take_sign();
     let run_dir = RunDir::from_environment();
     let bundle = super::bundle(flags).map_err(ServeError::Runtime)?;
+    let socket = run_dir.socket(&flags.address, &flags.namespace, &id);
+    let (bundles, sandbox) = (bundle.parent().unwrap_or(&bundle).to_owned(), run_dir.sandbox(&id));
+    let sandboxes = run_dir.sandboxes();
+    let events = events::address_from_environment();
+    let service = Service { namespace: flags.namespace.clone(), run_dir, socket, listener, events, sign, spare: None };
+    divided(&bundles, sandboxes, sandbox, service, |service, host| in_runtime(serve_until_told(service, host))?)
+}
+
+/// Divides the process into helper and shim. The shim's first thread does what needs privileges; `api` is what the other
+/// does, with `given`, which the helper has none of.
+pub fn divided<T: Send + 'static>(
+    bundles: &Path,
+    sandboxes: PathBuf,
+    sandbox: PathBuf,
+    given: T,
+    api: impl FnOnce(T, Host) -> Result<(), ServeError> + Send + 'static,
+) -> Result<(), ServeError> {
     // Before anything that only the shim needs is there, and before the process has threads.
     let helper = match helper::divide().map_err(ServeError::Helper)? {
         helper::Forked::Helper(socket) => {
-            drop(listener);
-            let bundles = bundle.parent().unwrap_or(&bundle);
-            let grounds = Grounds::new(bundles, run_dir.sandboxes()).map_err(ServeError::Helper)?;
-            return helper::serve(socket, run_dir.sandbox(&id), grounds).map_err(ServeError::Helper);
+            drop(given);
+            let grounds = Grounds::new(bundles, sandboxes).map_err(ServeError::Helper)?;
+            return helper::serve(socket, sandbox, grounds).map_err(ServeError::Helper);
         }
         helper::Forked::Shim(helper) => Arc::new(helper),
     };
     raise_file_limit();
     seccomp::drop_privileges()?;
     let (main, work) = main_thread::new();
-    let socket = run_dir.socket(&flags.address, &flags.namespace, &id);
-    let service = Service { namespace: flags.namespace.clone(), run_dir, socket, listener };
     let host = Host { helper, main };
     let api = Builder::new().name(THREAD.to_owned()).spawn(move || {
         let main = host.main.clone();
-        let served = service.run(host);
+        let served = api(given, host);
         main.end();
         served
     });
@@ -110,34 +128,48 @@ fn raise_file_limit() {
 }
 
 /// What the service's thread is given.
-struct Service {
-    namespace: String,
-    run_dir: RunDir,
-    socket: PathBuf,
-    listener: UnixListener,
+pub struct Service {
+    /// containerd's namespace.
+    pub namespace: String,
+    /// Where state is.
+    pub run_dir: RunDir,
+    /// Where the listener is bound.
+    pub socket: PathBuf,
+    /// On which containerd calls.
+    pub listener: UnixListener,
+    /// Where containerd takes events.
+    pub events: Option<String>,
+    /// To be closed when the first container was started: the pool is refilled then.
+    pub sign: Option<OwnedFd>,
+    /// The machine, if it was made before anybody asked for it.
+    pub spare: Option<Spare>,
 }
 
-impl Service {
-    /// Serves in the calling thread, which has no capabilities from here on.
-    fn run(self, host: Host) -> Result<(), ServeError> {
-        seccomp::drop_capabilities()?;
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .max_blocking_threads(BLOCKING_THREADS)
-            .thread_stack_size(STACK_SIZE)
-            .thread_name(THREAD)
-            .on_thread_start(|| seccomp::set_role(seccomp::Role::Api))
-            .enable_all()
-            .build()
-            .map_err(ServeError::Runtime)?;
-        runtime.block_on(serve_until_told(self, host))
+/// Runs `work` in the calling thread, which has no capabilities from here on.
+pub fn in_runtime<T>(work: impl Future<Output = T>) -> Result<T, ServeError> {
+    seccomp::drop_capabilities()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .max_blocking_threads(BLOCKING_THREADS)
+        .thread_stack_size(STACK_SIZE)
+        .thread_name(THREAD)
+        .on_thread_start(|| seccomp::set_role(seccomp::Role::Api))
+        .enable_all()
+        .build()
+        .map_err(ServeError::Runtime)?;
+    Ok(runtime.block_on(work))
+}
+
+/// Serves containerd until it, or SIGTERM, asks for the end.
+pub async fn serve_until_told(service: Service, host: Host) -> Result<(), ServeError> {
+    let Service { namespace, run_dir, socket, listener, events, sign, spare } = service;
+    if spare.is_none() {
+        // A spare has it watched already.
+        host.helper.watch().map_err(ServeError::Helper)?;
     }
-}
-
-async fn serve_until_told(service: Service, host: Host) -> Result<(), ServeError> {
-    let Service { namespace, run_dir, socket, listener } = service;
-    host.helper.watch().map_err(ServeError::Helper)?;
     let mut terminate = signal(SignalKind::terminate()).map_err(ServeError::Runtime)?;
-    let service = Arc::new(TaskService::new(namespace, run_dir, Some(socket.clone()), host));
+    let publisher = Publisher::new(&namespace, events);
+    let service = TaskService::new(namespace, run_dir, Some(socket.clone()), host, publisher, spare, sign);
+    let service = Arc::new(service);
     let listener = Listener::try_from(listener).map_err(ServeError::Listener)?;
     let [v2, v3] = service.register();
     let mut server = Server::new().add_listener(listener).register_service(v2).register_service(v3);

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -10,9 +10,12 @@ use std::process::{Command, Stdio};
 
 use super::flags::Flags;
 use super::serve::LISTENER_FD;
+use crate::config::Config;
 use crate::ids::{Id, IdError};
 use crate::oci::{Role, SpecError};
+use crate::pool::{self, Claim, Refill};
 use crate::run_dir::{RunDir, address_of};
+use crate::{events, template};
 
 /// File in the bundle from which containerd 1.6 learns the address again after its own restart.
 const ADDRESS_FILE: &str = "address";
@@ -71,7 +74,7 @@ pub fn run(flags: &Flags) -> Result<String, StartError> {
         Role::Sandbox => {
             let path = socket(&id);
             let listener = listen(&path, &id)?;
-            spawn(flags, &bundle, &listener).inspect_err(|_| {
+            start(flags, &run_dir, &bundle, &listener, id).inspect_err(|_| {
                 let _ = fs::remove_file(&path);
             })?;
             path
@@ -99,14 +102,43 @@ fn listen(path: &Path, id: &Id) -> Result<UnixListener, StartError> {
     UnixListener::bind(path).map_err(failed("listen on"))
 }
 
-/// Starts this program again, in a session of its own, with the listener in its hands.
-fn spawn(flags: &Flags, bundle: &Path, listener: &UnixListener) -> Result<(), StartError> {
+/// Has a spare become the shim, if there is one, or starts a shim; and has the pool refilled afterwards.
+///
+/// Which configuration the container names is known only when it is created, so the usual one counts.
+fn start(flags: &Flags, run_dir: &RunDir, bundle: &Path, listener: &UnixListener, id: Id) -> Result<(), StartError> {
+    // What is wrong with the configuration is said when the sandbox is made.
+    if !Config::load(None).is_ok_and(|(config, _)| pool::has_a_pool(&config)) {
+        return spawn(flags, bundle, listener, Stdio::null());
+    }
+    let name = template::name_for(None);
+    let claim = Claim {
+        id,
+        namespace: flags.namespace.clone(),
+        address: flags.address.clone(),
+        events: events::address_from_environment(),
+        bundle: bundle.to_owned(),
+        debug: flags.debug,
+    };
+    // Sent first: whoever has the sign must have it from the beginning.
+    let refill = Refill::send();
+    let sign = refill.as_ref().map(Refill::sign);
+    match pool::claim(run_dir, &name, &claim, listener.as_fd(), sign.map(AsFd::as_fd)) {
+        Some(pid) => {
+            raise_oom_score(pid);
+            Ok(())
+        }
+        None => spawn(flags, bundle, listener, refill.map_or_else(Stdio::null, |refill| OwnedFd::from(refill).into())),
+    }
+}
+
+/// Starts this program again, in a session of its own, with the listener in its hands. `sign` is its standard input.
+fn spawn(flags: &Flags, bundle: &Path, listener: &UnixListener, sign: Stdio) -> Result<(), StartError> {
     let program = std::env::current_exe().map_err(StartError::Spawn)?;
     let listener: OwnedFd = listener.try_clone().map_err(StartError::Spawn)?.into();
     let fd = listener.as_raw_fd();
     let mut command = Command::new(program);
     command.arg0(SHIM_NAME).args(flags.to_arguments()).current_dir(bundle);
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    command.stdin(sign).stdout(Stdio::null()).stderr(Stdio::null());
     // SAFETY: between fork and exec only async-signal-safe calls are made: setsid, dup2 and fcntl.
     unsafe {
         command.pre_exec(move || {

@@ -1,6 +1,7 @@
 //! The operator's command.
 
 mod check;
+mod pool;
 mod template;
 mod vm;
 
@@ -20,6 +21,7 @@ io.containerd.inlay.v2. Try it:
 Configuration: /etc/inlay/configuration.toml, TOML with kata's key names; every key has a default.
 State:         /run/inlay/sandboxes/<id>/, gone when the sandbox is.
 Templates:     /run/inlay/templates/<name>/, used where the configuration has [factory] enable_template = true.
+Pool:          /run/inlay/pool/, filled where [factory] has a pool_size.
 Log:           containerd's own; records carry sandbox=<id>.";
 
 /// Runs each container or pod in its own virtual machine, inlaid in containerd's shim
@@ -47,6 +49,9 @@ enum Command {
     /// Make and look after templates: machines that sandboxes are restored from instead of being booted
     #[command(subcommand)]
     Template(template::Verb),
+    /// Look after the pool: sandboxes that are restored before anybody asks for them
+    #[command(subcommand)]
+    Pool(pool::Verb),
     /// Print the version
     Version,
 }
@@ -63,6 +68,7 @@ pub fn main() -> ExitCode {
         Command::Check => check::run(arguments.config.as_deref()),
         Command::Vm { options } => vm::main(options.into_iter()),
         Command::Template(verb) => template::run(verb, arguments.config.as_deref()),
+        Command::Pool(verb) => pool::run(&verb, arguments.config.as_deref()),
         Command::Version => {
             println!("inlay {}", env!("CARGO_PKG_VERSION"));
             ExitCode::SUCCESS

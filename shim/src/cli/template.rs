@@ -17,6 +17,7 @@ use crate::config::Config;
 use crate::ids::Id;
 use crate::log;
 use crate::main_thread::{self, Ended};
+use crate::pool;
 use crate::run_dir::RunDir;
 use crate::template::create::{CreateError, Outcome, When, create};
 use crate::template::{Store, Template, TemplateError};
@@ -88,7 +89,12 @@ fn try_run(verb: Verb, config_path: Option<&Path>) -> Result<(), Box<dyn Error>>
             println!("The template {} is whole", template.record().name);
             Ok(())
         }
-        Verb::Remove { name } => Ok(store.remove(&Id::try_from(name)?)?),
+        Verb::Remove { name } => {
+            let name = Id::try_from(name)?;
+            store.remove(&name)?;
+            // They hold its files, and nobody gets them any more.
+            Ok(pool::drain(&RunDir::from_environment(), Some(&name))?)
+        }
     }
 }
 

@@ -28,6 +28,8 @@ const MIN_MEMORY_MIB: u64 = 64;
 const DEFAULT_BOOT_DEADLINE: Duration = Duration::from_secs(60);
 /// kata's default for `create_container_timeout`.
 const DEFAULT_CREATE_DEADLINE: Duration = Duration::from_secs(60);
+/// Most sandboxes that wait to be asked for: each is a process, a KVM machine, and some 8 MiB of memory.
+const MAX_POOL: u32 = 64;
 
 /// Everything the shim takes from outside about how sandboxes are to be run.
 #[derive(Debug, Clone, PartialEq)]
@@ -106,6 +108,8 @@ pub struct Factory {
     pub path: Option<PathBuf>,
     /// A start that finds no template waits for one, instead of booting while it is made: `wait_for_template`.
     pub wait: bool,
+    /// Restored sandboxes that wait to be asked for: `pool_size`, or kata's `vm_cache_number`.
+    pub pool_size: u32,
 }
 
 /// Something in the file that its author should know. It does not stop anything.
@@ -320,6 +324,12 @@ impl Factory {
         section.flag("wait_for_template", &mut self.wait)?;
         if let Some(path) = section.text("template_path")?.filter(|path| !path.is_empty()) {
             self.path = Some(path.into());
+        }
+        // kata's name first: what is said with both counts as ours says.
+        for key in ["vm_cache_number", "pool_size"] {
+            if let Some(size) = section.integer(key, 0..=MAX_POOL.into(), "a number of sandboxes up to 64")? {
+                self.pool_size = u32::try_from(size).unwrap_or_default();
+            }
         }
         Ok(())
     }

@@ -159,8 +159,8 @@ pub const RUNTIME: Keys = Keys {
 
 /// `[factory]`, and `[hypervisor.*.factory]` of newer files.
 pub const FACTORY: Keys = Keys {
-    used: &["enable_template", "template_path", "wait_for_template"],
-    idle: &["vm_cache_number", "vm_cache_endpoint"],
+    used: &["enable_template", "template_path", "wait_for_template", "pool_size", "vm_cache_number"],
+    idle: &["vm_cache_endpoint"],
 };
 
 /// Tables that have no section of their own here.

@@ -65,7 +65,7 @@ fn a_file_of_our_own_sets_everything() {
     assert_eq!(config.runtime.confinement, vmm::Confinement::Off);
     assert_eq!(config.runtime.log_level, LevelFilter::WARN);
     assert_eq!(config.runtime.trace_file.as_deref(), Some(Path::new("/run/inlay/trace.jsonl")));
-    assert_eq!(config.factory, Factory { enabled: true, path: Some("/t".into()), wait: true });
+    assert_eq!(config.factory, Factory { enabled: true, path: Some("/t".into()), wait: true, pool_size: 0 });
 }
 
 #[test]
@@ -100,10 +100,10 @@ fn a_file_made_for_stratovirt_loads_with_one_notice() {
 #[test]
 fn the_factory_may_be_inside_the_hypervisor() {
     let (config, notices) = parse(
-        "[hypervisor.stratovirt.factory]\nenable_template = true\n[factory]\nenable_template = false\ntemplate_path = \"\"\nvm_cache_number = 0\n",
+        "[hypervisor.stratovirt.factory]\nenable_template = true\n[factory]\nenable_template = false\ntemplate_path = \"\"\nvm_cache_number = 3\nvm_cache_endpoint = \"\"\n",
     );
-    assert_eq!(config.factory, Factory { enabled: true, path: None, wait: false });
-    assert_eq!(notices, [Notice::WithoutUse(vec!["factory.vm_cache_number".to_owned()])]);
+    assert_eq!(config.factory, Factory { enabled: true, path: None, wait: false, pool_size: 3 });
+    assert_eq!(notices, [Notice::WithoutUse(vec!["factory.vm_cache_endpoint".to_owned()])]);
 }
 
 #[test]

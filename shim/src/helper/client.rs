@@ -76,6 +76,11 @@ impl Helper {
         Ok(())
     }
 
+    /// Says where the sandbox's directory and the bundles are, where that is not what it was made with.
+    pub fn adopt(&self, sandbox: &Path, bundles: &Path) -> Result<(), HelperError> {
+        self.ask(&Request::Adopt { sandbox: sandbox.to_owned(), bundles: bundles.to_owned() }).map(drop)
+    }
+
     /// The guest is about to run: what is asked for from now on may be its wish.
     pub fn seal(&self) -> Result<(), HelperError> {
         self.ask(&Request::Seal).map(drop)
@@ -163,6 +168,14 @@ impl Share {
     pub fn make(helper: Arc<Helper>, sandbox: &Path, named: Named) -> Result<Self, ResourceError> {
         helper.ask(&Request::MakeShare(named))?;
         Ok(Self { helper, shared: sandbox.join(SHARED) })
+    }
+
+    /// Says where the sandbox's directory is by now, and what containerd has named.
+    pub fn adopt(&mut self, sandbox: &Path, bundles: &Path, named: Named) -> Result<(), ResourceError> {
+        self.helper.adopt(sandbox, bundles)?;
+        self.shared = sandbox.join(SHARED);
+        self.helper.ask(&Request::MakeShare(named))?;
+        Ok(())
     }
 
     /// The directory to be exported.

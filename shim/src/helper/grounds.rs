@@ -120,6 +120,15 @@ impl Grounds {
         Ok(Self { bundles, state, roots: Vec::new(), types: Vec::new(), logger: None, sealed: false })
     }
 
+    /// Takes another directory with bundles.
+    pub fn adopt(&mut self, bundles: &Path) -> Result<(), Refusal> {
+        if self.sealed {
+            return Err(unnamed("Another place of bundles"));
+        }
+        self.bundles = open_anywhere(bundles).map_err(|source| Refusal::Source { path: bundles.to_owned(), source })?;
+        Ok(())
+    }
+
     /// Remembers what containerd has named.
     pub fn admit(&mut self, named: Named) -> Result<(), Refusal> {
         if self.sealed {

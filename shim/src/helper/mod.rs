@@ -16,7 +16,7 @@ mod client;
 mod grounds;
 mod logger;
 mod server;
-mod wire;
+pub mod wire;
 
 use std::io;
 use std::os::fd::OwnedFd;

@@ -101,6 +101,13 @@ impl Server {
                     self.share = Some(Share::create(&self.sandbox)?);
                 }
             }
+            Request::Adopt { sandbox, bundles } => {
+                self.grounds.adopt(&bundles)?;
+                if let Some(share) = &mut self.share {
+                    share.moved_to(&sandbox);
+                }
+                self.sandbox = sandbox;
+            }
             Request::Seal => self.grounds.seal(),
             Request::AddContainer(id) => {
                 let share = self.share.as_ref().ok_or(ResourceError::NoShare)?;

@@ -33,6 +33,13 @@ pub struct Program {
 pub enum Request {
     /// The directory that the guest sees. What containerd has named so far is the measure of what may be named later.
     MakeShare(Named),
+    /// The sandbox was made before anybody asked for it, and gets its place.
+    Adopt {
+        /// Its directory, which the share is in.
+        sandbox: PathBuf,
+        /// The directory with the bundles of the namespace's containers.
+        bundles: PathBuf,
+    },
     /// The guest is about to run: from now on the shim is not believed.
     Seal,
     /// A container's place in the share.
@@ -79,7 +86,7 @@ pub type Answer = Result<Done, String>;
 pub fn send<T: Serialize>(socket: BorrowedFd<'_>, message: &T, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
     let packet = serde_json::to_vec(message)?;
     if packet.len() > MAX_PACKET {
-        let text = format!("The helper's messages have {MAX_PACKET} bytes at most, not {}", packet.len());
+        let text = format!("A message has {MAX_PACKET} bytes at most, not {}", packet.len());
         return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
     }
     let raw: Vec<_> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();

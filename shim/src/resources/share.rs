@@ -57,6 +57,11 @@ impl Share {
         Ok(share)
     }
 
+    /// The sandbox's directory has another name.
+    pub fn moved_to(&mut self, sandbox: &Path) {
+        sandbox.clone_into(&mut self.sandbox);
+    }
+
     /// Makes a container's place.
     pub fn add_container(&self, id: &Id) -> Result<ContainerShare, ResourceError> {
         let shared = self.mounted.as_ref().ok_or(ResourceError::NoShare)?.root();

@@ -158,9 +158,18 @@ impl Guest {
     /// As [`boot`](Self::boot), but the machine goes on from `template`. Its agent listens already. When this returns,
     /// the guest's random generator is this sandbox's own; [`identity::set_clock`] is left to do.
     pub async fn restore(home: &Home<'_>, template: Arc<Template>) -> Result<Self, BootError> {
+        Self::wake(Self::asleep(home, template).await?, home).await
+    }
+
+    /// The machine of `template` before it goes on. It takes what a machine takes but for the guest's memory.
+    pub async fn asleep(home: &Home<'_>, template: Arc<Template>) -> Result<Arc<Machine>, BootError> {
         let machine_config = home.machine_config();
         let restored = home.main.run(move || Machine::restore(machine_config, &template.directory())).await?;
-        let machine = Arc::new(restored.map_err(BootError::Restore)?);
+        Ok(Arc::new(restored.map_err(BootError::Restore)?))
+    }
+
+    /// Lets a machine that is [`asleep`](Self::asleep) go on.
+    pub async fn wake(machine: Arc<Machine>, home: &Home<'_>) -> Result<Self, BootError> {
         let connector = machine.vsock().ok_or(ConnectError::Gone)?;
         tokio::spawn(forward_logs(listen_for_log(&connector)));
         (home.before_start)()?;

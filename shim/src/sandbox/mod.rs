@@ -50,7 +50,7 @@ use trace::StartTimes;
 pub use create::{ContainerRequest, CreateError};
 pub use process::reported_pid;
 pub use quiet::QuietError;
-pub use start::{SandboxRequest, StartError};
+pub use start::{SandboxRequest, StartError, confine};
 
 /// The parts of the process that can do what the service's threads may not.
 #[derive(Clone)]

@@ -122,6 +122,35 @@ impl SandboxDir {
         Ok(Self { path })
     }
 
+    /// Makes a directory for a sandbox that nobody has asked for yet. What a dead process left there is removed first.
+    pub fn create_nameless(path: PathBuf) -> Result<Self, PersistError> {
+        let failed = |what| {
+            let path = path.clone();
+            move |source| PersistError::File { what, path, source }
+        };
+        if path.exists() {
+            share::remove_leftovers(&path).map_err(io::Error::other).map_err(failed("clear"))?;
+            drop(Self { path: path.clone() });
+        }
+        DirBuilder::new().mode(0o700).create(&path).map_err(failed("make"))?;
+        Ok(Self { path })
+    }
+
+    /// Makes it the directory of the sandbox `id`.
+    pub fn become_sandbox(&mut self, run_dir: &RunDir, id: &Id) -> Result<(), PersistError> {
+        // Whatever had the name is dealt with as ever; an empty directory gives way to another.
+        let place = Self::create(run_dir, id)?;
+        fs::rename(&self.path, &place.path).map_err(|source| PersistError::File {
+            what: "rename",
+            path: self.path.clone(),
+            source,
+        })?;
+        self.path.clone_from(&place.path);
+        // Its directory is this one by now.
+        std::mem::forget(place);
+        Ok(())
+    }
+
     /// Where it is.
     pub fn path(&self) -> &Path {
         &self.path
@@ -194,6 +223,24 @@ mod tests {
         drop(dir);
         assert_eq!(fs::read_dir(run_dir.sandboxes()).unwrap().count(), 0);
         assert_eq!(Record::load(&run_dir, &id()), None);
+    }
+
+    #[test]
+    fn a_nameless_directory_becomes_a_sandboxs() {
+        let root = tempfile::tempdir().unwrap();
+        let run_dir = RunDir::at(root.path().into());
+        let path = root.path().join("spare");
+        fs::create_dir_all(path.join("shared/x")).unwrap();
+        let mut dir = SandboxDir::create_nameless(path.clone()).unwrap();
+        assert_eq!(fs::read_dir(&path).unwrap().count(), 0);
+        dir.become_sandbox(&run_dir, &id()).unwrap();
+        assert!(!path.exists() && dir.path() == run_dir.sandbox(&id()));
+        let record = Record::of_this_process(&id(), "ns", None, MadeDirectories::default(), None).unwrap();
+        dir.save(&record).unwrap();
+        let mut second = SandboxDir::create_nameless(path.clone()).unwrap();
+        assert!(matches!(second.become_sandbox(&run_dir, &id()), Err(PersistError::Runs { .. })));
+        drop((dir, second));
+        assert!(!path.exists() && !run_dir.sandbox(&id()).exists());
     }
 
     #[test]

@@ -24,6 +24,7 @@ use crate::events::Publisher;
 use crate::helper::{Named, Share};
 use crate::ids::Id;
 use crate::main_thread::{Ended, MainThread};
+use crate::pool::Spare;
 use crate::resources::ResourceError;
 use crate::resources::cgroup::{CgroupPath, MadeDirectories, Placement};
 use crate::resources::share::{GUEST_SHARE, TAG};
@@ -48,6 +49,8 @@ pub struct SandboxRequest {
     pub cgroup: Option<CgroupPath>,
     /// What containerd has named of the host for the container that makes the sandbox.
     pub named: Named,
+    /// The directory of the bundles of the namespace's containers.
+    pub bundles: PathBuf,
     /// The configuration's file, if it is not the usual one.
     pub config_path: Option<PathBuf>,
     /// When the request arrived.
@@ -117,16 +120,31 @@ impl Drop for Placed {
 }
 
 impl Sandbox {
-    /// Starts a sandbox.
+    /// Starts a sandbox: from `spare`, which was made before the request came, if it is what the request wants.
     pub async fn start(
         request: SandboxRequest,
         config: Config,
         run_dir: &RunDir,
         host: Host,
         events: Arc<Publisher>,
+        spare: Option<Spare>,
     ) -> Result<Arc<Self>, StartError> {
-        let plan = template::plan(&config, request.config_path.as_deref(), run_dir, &host.main).await?;
-        let dir = SandboxDir::create(run_dir, &request.id)?;
+        // A process that has, or had, a spare is confined.
+        let confined = spare.is_some();
+        let spare = spare.and_then(|spare| spare.if_made_for(&config));
+        let (dir, share, plan) = match spare {
+            Some(spare) => {
+                let (dir, share, machine) = spare.become_sandbox(run_dir, &request)?;
+                (dir, share, Plan::Wake(machine))
+            }
+            None => {
+                let path = request.config_path.as_deref();
+                let plan = template::plan(&config, path, run_dir, &host.main, !confined).await?;
+                let dir = SandboxDir::create(run_dir, &request.id)?;
+                let share = Share::make(Arc::clone(&host.helper), dir.path(), request.named);
+                (dir, share.map_err(StartError::Share)?, plan)
+            }
+        };
         let placement = match request.cgroup {
             Some(path) => Some(Placed::make(path, host.main.clone()).await?),
             None => None,
@@ -139,10 +157,11 @@ impl Sandbox {
             Some(placement) => Some(placement.join().await?),
             None => None,
         };
-        let share = Share::make(Arc::clone(&host.helper), dir.path(), request.named).map_err(StartError::Share)?;
         let resources = Resources { share, _placement: placement, dir };
 
-        confine(config.runtime.confinement)?;
+        if !confined {
+            confine(config.runtime.confinement)?;
+        }
         let (guest, restored) = bring_up(&request.id, &config, &resources, plan, run_dir, &host).await?;
         let sandbox_request = sandbox_request(&request.id, request.hostname);
         let set_clock = async { if restored { identity::set_clock(&guest.agent).await } else { Ok(()) } };
@@ -155,7 +174,8 @@ impl Sandbox {
         let points = guest.machine().trace();
         let times = StartTimes {
             t0: request.t0,
-            t1: points.vm_created(),
+            // A spare's was there before the request.
+            t1: points.vm_created().map(|created| created.max(request.t0)),
             t2: points.first_run(),
             t3: points.guest_init(),
             t4: Some(guest.answered_at),
@@ -183,7 +203,7 @@ impl Sandbox {
 
 /// The process goes under its ceiling, and this thread, which is the service's only one, into its role. Those that help
 /// it to wait are started by it, so they are in it too.
-fn confine(confinement: Confinement) -> Result<(), ConfineError> {
+pub fn confine(confinement: Confinement) -> Result<(), ConfineError> {
     seccomp::confine_process(confinement)?;
     seccomp::take_role(confinement, seccomp::Role::Api)
 }
@@ -205,21 +225,25 @@ async fn bring_up(
         main: &host.main,
         before_start: &|| host.helper.seal(),
     };
-    match plan {
-        Plan::Boot => {}
-        Plan::BootAndReport(maker) => drop(tokio::spawn(maker.report())),
-        Plan::Restore(template) => {
-            match Guest::restore(&home, Arc::clone(&template)).await {
-                Ok(guest) => return Ok((guest, true)),
-                Err(error) => {
-                    tracing::warn!("The sandbox boots: {}", with_causes(&error));
-                    // What lacks memory or time today may have it tomorrow; what does not fit never will.
-                    if matches!(&error, BootError::Restore(error) if !matches!(error, vmm::RestoreError::Build(_))) {
-                        Store::new(config, run_dir).discard(&template);
-                    }
-                }
-            }
+    let (restored, template) = match plan {
+        Plan::Boot => return Ok((Guest::boot(&home).await?, false)),
+        Plan::BootAndReport(maker) => {
+            tokio::spawn(maker.report());
+            return Ok((Guest::boot(&home).await?, false));
         }
+        Plan::Restore(template) => (Guest::restore(&home, Arc::clone(&template)).await, Some(template)),
+        Plan::Wake(machine) => (Guest::wake(machine, &home).await, None),
+    };
+    let error = match restored {
+        Ok(guest) => return Ok((guest, true)),
+        Err(error) => error,
+    };
+    tracing::warn!("The sandbox boots: {}", with_causes(&error));
+    // What lacks memory or time today may have it tomorrow; what does not fit never will.
+    if let (Some(template), BootError::Restore(error)) = (template, &error)
+        && !matches!(error, vmm::RestoreError::Build(_))
+    {
+        Store::new(config, run_dir).discard(&template);
     }
     Ok((Guest::boot(&home).await?, false))
 }

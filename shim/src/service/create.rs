@@ -15,6 +15,7 @@ use crate::container::Container;
 use crate::container::stdio::Streams;
 use crate::helper::Named;
 use crate::ids::Id;
+use crate::lock::lock;
 use crate::log;
 use crate::oci::{self, Role};
 use crate::resources::cgroup::CgroupPath;
@@ -89,7 +90,7 @@ impl TaskService {
         request: &CreateTaskRequest,
         t0: u64,
     ) -> Result<Arc<Sandbox>, ServiceError> {
-        let ContainerRequest { id, spec, rootfs, streams, .. } = container;
+        let ContainerRequest { id, bundle, spec, rootfs, streams } = container;
         if let Some(running) = self.sandbox() {
             return Err(ServiceError::Occupied(running.id.clone()));
         }
@@ -106,13 +107,15 @@ impl TaskService {
             namespace: self.namespace.clone(),
             socket: self.socket.clone(),
             hostname: hostname(spec, id),
+            bundles: bundle.parent().unwrap_or(bundle).to_owned(),
             config_path: path,
             cgroup: cgroups_path.and_then(|path| CgroupPath::parse(path.to_str()?)),
             named: Named { rootfs: rootfs.clone(), logger: streams.logger() },
             t0,
         };
         let (host, events) = (self.host.clone(), Arc::clone(&self.events));
-        let sandbox = Sandbox::start(sandbox_request, config, &self.run_dir, host, events).await?;
+        let spare = lock(&self.spare).take();
+        let sandbox = Sandbox::start(sandbox_request, config, &self.run_dir, host, events, spare).await?;
         self.set_sandbox(Some(Arc::clone(&sandbox)));
         Ok(sandbox)
     }

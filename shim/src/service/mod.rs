@@ -9,8 +9,9 @@ mod error;
 mod metrics;
 mod options;
 
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -31,7 +32,9 @@ use crate::container::stdio::Streams;
 use crate::container::{Container, Process};
 use crate::events::Publisher;
 use crate::ids::Id;
+use crate::lock::lock;
 use crate::oci;
+use crate::pool::Spare;
 use crate::run_dir::RunDir;
 use crate::sandbox::{Host, Sandbox, SandboxError, reported_pid};
 use error::ServiceError;
@@ -49,6 +52,10 @@ pub struct TaskService {
     socket: Option<PathBuf>,
     host: Host,
     events: Arc<Publisher>,
+    /// For the first sandbox.
+    spare: Mutex<Option<Spare>>,
+    /// Closed when the first container was started, or was not: who refills the pool waits for it.
+    sign: Mutex<Option<OwnedFd>>,
     sandbox: RwLock<Option<Arc<Sandbox>>>,
     /// Held while a sandbox is being started: there is one in a process.
     starting: tokio::sync::Mutex<()>,
@@ -58,14 +65,23 @@ pub struct TaskService {
 
 impl TaskService {
     /// A service for a namespace of containerd, served on `socket`.
-    pub fn new(namespace: String, run_dir: RunDir, socket: Option<PathBuf>, host: Host) -> Self {
-        let events = Arc::new(Publisher::from_environment(&namespace));
+    pub fn new(
+        namespace: String,
+        run_dir: RunDir,
+        socket: Option<PathBuf>,
+        host: Host,
+        events: Publisher,
+        spare: Option<Spare>,
+        sign: Option<OwnedFd>,
+    ) -> Self {
         Self {
             namespace,
             run_dir,
             socket,
             host,
-            events,
+            events: Arc::new(events),
+            spare: Mutex::new(spare),
+            sign: Mutex::new(sign),
             sandbox: RwLock::new(None),
             starting: tokio::sync::Mutex::default(),
             ending: watch::Sender::new(false),
@@ -225,6 +241,7 @@ impl Task for TaskService {
             None => sandbox.start_container(&container).await,
             Some(exec) => sandbox.start_added(&container, exec, &process).await,
         };
+        drop(lock(&self.sign).take());
         started.map_err(ServiceError::from)?;
         Ok(StartResponse { pid: reported_pid(), ..StartResponse::default() })
     }

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 use tokio::io::Interest;
+use vmm::Machine;
 
 use super::create::fitting;
 use super::{Store, Template, TemplateError};
@@ -36,18 +37,22 @@ pub enum Plan {
     BootAndReport(Maker),
     /// From a template.
     Restore(Arc<Template>),
+    /// From a template that was restored beforehand.
+    Wake(Arc<Machine>),
 }
 
 /// Finds out where the guest of a sandbox comes from. A start never fails for lack of a template: without one that can
 /// be used it boots, the log says why, and one is made meanwhile, or first, if the configuration says so.
 ///
 /// To be called before the process joins its sandbox's control group and is confined: the maker of a template is a
-/// process of the node, not of the sandbox. Files are read, and the maker is started, by the thread `main`.
+/// process of the node, not of the sandbox. Files are read, and the maker is started, by the thread `main`. A process
+/// that is confined already, as it `may_make` none, looks for a template and leaves it at that.
 pub async fn plan(
     config: &Config,
     config_path: Option<&Path>,
     run_dir: &RunDir,
     main: &MainThread,
+    may_make: bool,
 ) -> Result<Plan, Ended> {
     if !config.factory.enabled {
         return Ok(Plan::Boot);
@@ -65,7 +70,7 @@ pub async fn plan(
         TemplateError::Missing(_) => tracing::info!("{unusable}: it is made now"),
         _ => tracing::warn!("The sandbox boots: {}", with_causes(&unusable)),
     }
-    if !unusable.is_curable() {
+    if !may_make || !unusable.is_curable() {
         return Ok(Plan::Boot);
     }
     if let Some(why) = store.recent_failure(&name, RETRY_AFTER) {
@@ -188,7 +193,7 @@ mod tests {
     async fn without_the_factory_nothing_is_looked_at() {
         let run_dir = RunDir::at("/nonexistent".into());
         let (main, _work) = crate::main_thread::new();
-        assert!(matches!(plan(&Config::default(), None, &run_dir, &main).await, Ok(Plan::Boot)));
+        assert!(matches!(plan(&Config::default(), None, &run_dir, &main, true).await, Ok(Plan::Boot)));
     }
 
     #[tokio::test]

@@ -11,17 +11,18 @@
 //! A name is changed by whoever holds its lock. What appears under a name is a whole template; what was restored from
 //! one that has gone keeps its files.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, DirBuilder};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, Flock, FlockArg, RenameFlags, renameat2};
+use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 
 use super::{Template, TemplateError, file_error};
 use crate::config::Config;
+use crate::file_lock::FileLock;
 use crate::ids::Id;
 use crate::run_dir::RunDir;
 
@@ -65,20 +66,8 @@ impl Store {
     pub fn lock(&self, name: &Id, waits: bool) -> Result<Option<Lock>, TemplateError> {
         self.make_base()?;
         let path = self.beside(name, "lock");
-        let how = if waits { FlockArg::LockExclusive } else { FlockArg::LockExclusiveNonblock };
-        loop {
-            let open = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path);
-            let file = match Flock::lock(open.map_err(file_error("open", &path))?, how) {
-                Ok(file) => file,
-                Err((_, Errno::EWOULDBLOCK)) => return Ok(None),
-                Err((_, Errno::EINTR)) => continue,
-                Err((_, errno)) => return Err(file_error("lock", &path)(errno.into())),
-            };
-            // Whoever had it has removed the file: the lock of a file without a name is nobody's.
-            if is_same(&file, &path) {
-                return Ok(Some(Lock { path, _file: file }));
-            }
-        }
+        let taken = FileLock::take(&path, waits).map_err(file_error("lock", &path))?;
+        Ok(taken.map(|file| Lock { _file: file }))
     }
 
     /// A fresh directory for a template that is being made. What a killed maker left is removed first.
@@ -189,26 +178,10 @@ impl Store {
     }
 }
 
-fn is_same(file: &File, path: &Path) -> bool {
-    let same = || {
-        let (ours, theirs) = (file.metadata()?, path.symlink_metadata()?);
-        Ok::<_, io::Error>((ours.dev(), ours.ino()) == (theirs.dev(), theirs.ino()))
-    };
-    same().unwrap_or(false)
-}
-
 /// The right to change what is under a name. The kernel takes it from a process that ends.
 #[derive(Debug)]
 pub struct Lock {
-    path: PathBuf,
-    _file: Flock<File>,
-}
-
-impl Drop for Lock {
-    fn drop(&mut self) {
-        // Before the lock goes: see `Store::lock`.
-        let _ = fs::remove_file(&self.path);
-    }
+    _file: FileLock,
 }
 
 /// A template that is being made. Dropped, it is gone.
@@ -300,7 +273,7 @@ mod tests {
         let (_dir, store, name) = store();
         assert_eq!(store.names().unwrap(), []);
         publish(&store, &name, "first");
-        let held = File::open(store.path(&name).join("file")).unwrap();
+        let held = fs::File::open(store.path(&name).join("file")).unwrap();
         publish(&store, &name, "second");
         assert_eq!(fs::read_to_string(store.path(&name).join("file")).unwrap(), "second");
         // Who has the first one open keeps it.

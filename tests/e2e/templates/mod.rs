@@ -2,6 +2,7 @@
 
 mod identity;
 mod life;
+mod pool;
 
 use std::fs;
 use std::path::Path;

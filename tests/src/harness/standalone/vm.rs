@@ -146,7 +146,8 @@ impl Vm {
     /// Lets the guest shut down; the machine's exit status.
     #[track_caller]
     pub fn power_off(mut self) -> ExitStatus {
-        let _ = self.spawn("poweroff -f");
+        // The console ends before an answer: the process's end tells.
+        let _ = self.console.run("poweroff -f", COMMAND_LIMIT);
         self.wait()
     }
 

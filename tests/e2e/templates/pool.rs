@@ -1,0 +1,88 @@
+//! Sandboxes that are restored before anybody asks for them.
+
+use std::path::Path;
+
+use inlay_tests::harness::Scene;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::{make, mark_seen_inside, remove, take_starts, with_factory};
+
+crate::for_inlay!(
+    gives_a_spare_to_a_start_and_fills_its_slot,
+    goes_on_without_a_spare_that_was_killed,
+    gives_no_spare_that_does_not_fit,
+    ends_spares_with_their_template,
+);
+
+fn gives_a_spare_to_a_start_and_fills_its_slot(scene: &Scene) {
+    with_factory(scene, "", "pool_size = 2");
+    let mark = make(scene);
+    println!("{}", scene.inlay(&["pool", "fill"]).ok().stdout);
+    let spares = spares(scene);
+    assert_eq!(spares.len(), 2);
+    take_starts();
+    let id = scene.start(&["sleep", "1000"]);
+    let line = scene.state_of(&id);
+    let pid: i32 = line.split_whitespace().nth(1).and_then(|pid| pid.parse().ok()).unwrap();
+    assert!(spares.contains(&pid), "{pid} was no spare: {spares:?}");
+    assert_eq!(scene.exec(&id, &["hostname"]).ok().stdout.trim(), id);
+    assert!(Path::new("/run/inlay/sandboxes").join(&id).exists());
+    // Its slot is filled when its start is over.
+    scene.wait_for("a full pool", || self::spares(scene).len() == 2);
+    assert!(!self::spares(scene).contains(&pid));
+    scene.remove(&id);
+
+    assert_eq!(mark_seen_inside(scene), Some(mark));
+    assert!(take_starts().iter().all(|start| start.restored));
+    scene.wait_for("a full pool", || self::spares(scene).len() == 2);
+    remove(scene);
+    assert!(!Path::new("/run/inlay/pool").exists());
+}
+
+fn goes_on_without_a_spare_that_was_killed(scene: &Scene) {
+    with_factory(scene, "", "pool_size = 1");
+    make(scene);
+    scene.inlay(&["pool", "fill"]).ok();
+    kill(Pid::from_raw(spares(scene)[0]), Signal::SIGKILL).unwrap();
+    scene.wait_for("the end of the spare", || spares(scene).is_empty());
+    assert_eq!(scene.run(&["echo", "."]).ok().stdout, ".\n");
+    // What it has left is in nobody's way.
+    scene.wait_for("a full pool", || spares(scene).len() == 1);
+    scene.inlay(&["pool", "drain"]).ok();
+    remove(scene);
+}
+
+fn gives_no_spare_that_does_not_fit(scene: &Scene) {
+    with_factory(scene, "", "pool_size = 1");
+    make(scene);
+    scene.inlay(&["pool", "fill"]).ok();
+    with_factory(scene, "default_memory = 200", "");
+    take_starts();
+    let total = scene.run(&["free", "-m"]).ok().stdout;
+    let total = total.lines().find(|line| line.starts_with("Mem:")).unwrap().split_whitespace().nth(1).unwrap();
+    assert!(total.parse::<u32>().unwrap() < 200, "{total} MiB");
+    assert_eq!(take_starts().iter().map(|start| start.restored).collect::<Vec<_>>(), [false]);
+    scene.inlay(&["pool", "drain"]).ok();
+    assert!(spares(scene).is_empty());
+    scene.wait_for("the template of the other machine", || {
+        scene.inlay(&["template", "list"]).stdout.contains("of 200 MiB  fits")
+    });
+    remove(scene);
+}
+
+fn ends_spares_with_their_template(scene: &Scene) {
+    with_factory(scene, "", "pool_size = 1");
+    make(scene);
+    scene.inlay(&["pool", "fill"]).ok();
+    remove(scene);
+    assert!(spares(scene).is_empty() && !Path::new("/run/inlay/pool").exists());
+}
+
+/// Processes of spares that can be claimed.
+#[track_caller]
+fn spares(scene: &Scene) -> Vec<i32> {
+    let list = scene.inlay(&["pool", "list"]).ok().stdout;
+    let ready = list.lines().filter(|line| line.ends_with("  ready"));
+    ready.map(|line| line.split_whitespace().nth(1).unwrap().parse().unwrap()).collect()
+}
