@@ -4,7 +4,8 @@
 //! containerd ── start/delete ──▶ bootstrap ── serve ──▶ service ──▶ sandbox ──▶ machine (vmm)
 //!                                                          │           ├─▶ agent (guest, ttrpc over vsock)
 //!                                                          │           ├─▶ resources (rootfs, volumes, cgroup)
-//!                                                          │           └─▶ template (restored instead of booted)
+//!                                                          │           ├─▶ template (restored instead of booted)
+//!                                                          │           └─▶ metrics ──▶ Prometheus
 //!                                                          └──▶ events ──▶ containerd
 //! ```
 //!
@@ -37,6 +38,7 @@ mod ids;
 mod lock;
 mod log;
 mod main_thread;
+mod metrics;
 mod oci;
 mod readiness;
 mod resources;

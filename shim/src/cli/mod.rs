@@ -1,6 +1,7 @@
 //! The operator's command.
 
 mod check;
+mod metrics;
 mod template;
 mod vm;
 
@@ -47,6 +48,9 @@ enum Command {
     /// Make and look after templates: machines that sandboxes are restored from instead of being booted
     #[command(subcommand)]
     Template(template::Verb),
+    /// Print metrics of all sandboxes of this node, as text for Prometheus
+    #[command(after_help = metrics::AFTER_HELP)]
+    Metrics,
     /// Print the version
     Version,
 }
@@ -63,6 +67,7 @@ pub fn main() -> ExitCode {
         Command::Check => check::run(arguments.config.as_deref()),
         Command::Vm { options } => vm::main(options.into_iter()),
         Command::Template(verb) => template::run(verb, arguments.config.as_deref()),
+        Command::Metrics => metrics::run(),
         Command::Version => {
             println!("inlay {}", env!("CARGO_PKG_VERSION"));
             ExitCode::SUCCESS
@@ -86,5 +91,6 @@ mod tests {
         let parsed = Arguments::try_parse_from(create).unwrap();
         assert!(matches!(parsed.command, Command::Template(template::Verb::Create { no_wait: true, .. })));
         assert!(Arguments::try_parse_from(["inlay", "template", "create", "x", "--no-wait"]).is_err());
+        assert!(matches!(Arguments::try_parse_from(["inlay", "metrics"]).unwrap().command, Command::Metrics));
     }
 }

@@ -7,6 +7,7 @@
 //! | `quiet` | a guest that has booted becomes a template |
 //! | `create` | a container |
 //! | `process` | start, wait, signal, add |
+//! | `observe` | what it tells about itself |
 //! | `stop` | end the machine, give everything back |
 
 // A guest chooses the numbers.
@@ -19,6 +20,7 @@ pub mod guest;
 mod guest_log;
 mod identity;
 pub mod machine;
+mod observe;
 pub mod persist;
 mod process;
 mod quiet;

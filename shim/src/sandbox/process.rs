@@ -193,7 +193,7 @@ impl Sandbox {
             }
             let times = *lock(&sandbox.times);
             if times.t5.is_some() {
-                times.report(&sandbox.id, sandbox.config.runtime.trace_file.as_deref());
+                times.report(&sandbox.id, sandbox.lazy_figures(), sandbox.config.runtime.trace_file.as_deref());
             }
         });
     }

@@ -24,6 +24,7 @@ use crate::events::Publisher;
 use crate::helper::{Named, Share};
 use crate::ids::Id;
 use crate::main_thread::{Ended, MainThread};
+use crate::metrics::process::Meter;
 use crate::resources::ResourceError;
 use crate::resources::cgroup::{CgroupPath, MadeDirectories, Placement};
 use crate::resources::share::{GUEST_SHARE, TAG};
@@ -142,6 +143,7 @@ impl Sandbox {
         let share = Share::make(Arc::clone(&host.helper), dir.path(), request.named).map_err(StartError::Share)?;
         let resources = Resources { share, _placement: placement, dir };
 
+        let meter = Meter::open().inspect_err(|error| tracing::debug!(%error, "The process's memory is not measured"));
         confine(config.runtime.confinement)?;
         let (guest, restored) = bring_up(&request.id, &config, &resources, plan, run_dir, &host).await?;
         let sandbox_request = sandbox_request(&request.id, request.hostname);
@@ -177,6 +179,7 @@ impl Sandbox {
         });
         tokio::spawn(report_oom(Arc::clone(&sandbox), agent));
         sandbox.watch_machine();
+        sandbox.serve_metrics(meter.ok());
         Ok(sandbox)
     }
 }
