@@ -106,6 +106,18 @@ pub struct Factory {
     pub path: Option<PathBuf>,
     /// A start that finds no template waits for one, instead of booting while it is made: `wait_for_template`.
     pub wait: bool,
+    /// How the memory of a template comes into a sandbox: `template_memory`.
+    pub memory: TemplateMemory,
+}
+
+/// How the memory of a template comes into a sandbox.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum TemplateMemory {
+    /// As a private mapping of the template's file: `mapped`.
+    #[default]
+    Mapped,
+    /// Page by page, by userfaultfd(2), and what a start needs ahead of the rest: `lazy`.
+    Lazy,
 }
 
 /// Something in the file that its author should know. It does not stop anything.
@@ -321,6 +333,12 @@ impl Factory {
         if let Some(path) = section.text("template_path")?.filter(|path| !path.is_empty()) {
             self.path = Some(path.into());
         }
+        let memory = section.choice("template_memory", "\"mapped\" or \"lazy\"", |text| match text {
+            "mapped" => Some(TemplateMemory::Mapped),
+            "lazy" => Some(TemplateMemory::Lazy),
+            _ => None,
+        })?;
+        self.memory = memory.unwrap_or(self.memory);
         Ok(())
     }
 }

@@ -159,7 +159,7 @@ pub const RUNTIME: Keys = Keys {
 
 /// `[factory]`, and `[hypervisor.*.factory]` of newer files.
 pub const FACTORY: Keys = Keys {
-    used: &["enable_template", "template_path", "wait_for_template"],
+    used: &["enable_template", "template_path", "wait_for_template", "template_memory"],
     idle: &["vm_cache_number", "vm_cache_endpoint"],
 };
 

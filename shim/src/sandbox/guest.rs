@@ -16,13 +16,13 @@ use vmm::{Connector, ExitReason, HostEnd, Machine, MachineConfig};
 
 use super::agent::{Agent, AgentError};
 use super::machine::machine_config;
+use super::saved::Saved;
 use super::{guest_log, identity, trace};
 use crate::config::Config;
 use crate::helper::HelperError;
 use crate::ids::Id;
 use crate::main_thread::{Ended, MainThread};
 use crate::readiness;
-use crate::template::Template;
 
 /// Lines of the guest's console that an error quotes at least, and at most. The log has all that was kept.
 const QUOTED_LINES: std::ops::RangeInclusive<usize> = 12..=40;
@@ -110,6 +110,13 @@ impl Home<'_> {
     fn machine_config(&self) -> MachineConfig {
         machine_config(self.name, self.config, self.shared, self.socket)
     }
+
+    /// What makes one whenever it is called.
+    fn machine_config_again(&self) -> impl Fn() -> MachineConfig + Send + use<> {
+        let (name, config) = (self.name.clone(), self.config.clone());
+        let (shared, socket) = (self.shared.to_owned(), self.socket.to_owned());
+        move || machine_config(&name, &config, &shared, &socket)
+    }
 }
 
 /// A guest that runs, and its agent.
@@ -155,11 +162,11 @@ impl Guest {
         Ok(Self { connector, agent, answered_at: trace::now(), machine, main: home.main.clone() })
     }
 
-    /// As [`boot`](Self::boot), but the machine goes on from `template`. Its agent listens already. When this returns,
+    /// As [`boot`](Self::boot), but the machine goes on from where it was `saved`. Its agent listens already. When this returns,
     /// the guest's random generator is this sandbox's own; [`identity::set_clock`] is left to do.
-    pub async fn restore(home: &Home<'_>, template: Arc<Template>) -> Result<Self, BootError> {
-        let machine_config = home.machine_config();
-        let restored = home.main.run(move || Machine::restore(machine_config, &template.directory())).await?;
+    pub async fn restore(home: &Home<'_>, saved: Saved) -> Result<Self, BootError> {
+        let machine_config = home.machine_config_again();
+        let restored = home.main.run(move || saved.restore(machine_config)).await?;
         let machine = Arc::new(restored.map_err(BootError::Restore)?);
         let connector = machine.vsock().ok_or(ConnectError::Gone)?;
         tokio::spawn(forward_logs(listen_for_log(&connector)));

@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | `start` | from a request to a guest whose agent has set itself up |
 //! | `identity` | a guest that was restored becomes this sandbox's own |
+//! | `rehearse` | which pages of a template a start asks for |
 //! | `quiet` | a guest that has booted becomes a template |
 //! | `create` | a container |
 //! | `process` | start, wait, signal, add |
@@ -24,6 +25,8 @@ mod observe;
 pub mod persist;
 mod process;
 mod quiet;
+mod rehearse;
+pub mod saved;
 mod start;
 mod state;
 mod stop;
@@ -52,6 +55,7 @@ use trace::StartTimes;
 pub use create::{ContainerRequest, CreateError};
 pub use process::reported_pid;
 pub use quiet::QuietError;
+pub use rehearse::rehearse;
 pub use start::{SandboxRequest, StartError};
 
 /// The parts of the process that can do what the service's threads may not.

@@ -17,6 +17,7 @@ use tokio::time::MissedTickBehavior;
 use super::agent::{Agent, AgentError};
 use super::guest::{BootError, Guest, Home};
 use super::persist::{PersistError, Record, SandboxDir};
+use super::saved::{Saved, is_hopeless};
 use super::{Host, Resources, Sandbox, StartTimes, State, identity};
 use crate::bootstrap::with_causes;
 use crate::config::Config;
@@ -212,12 +213,12 @@ async fn bring_up(
         Plan::Boot => {}
         Plan::BootAndReport(maker) => drop(tokio::spawn(maker.report())),
         Plan::Restore(template) => {
-            match Guest::restore(&home, Arc::clone(&template)).await {
+            let saved = Saved::template(Arc::clone(&template), config.factory.memory);
+            match Guest::restore(&home, saved).await {
                 Ok(guest) => return Ok((guest, true)),
                 Err(error) => {
                     tracing::warn!("The sandbox boots: {}", with_causes(&error));
-                    // What lacks memory or time today may have it tomorrow; what does not fit never will.
-                    if matches!(&error, BootError::Restore(error) if !matches!(error, vmm::RestoreError::Build(_))) {
+                    if matches!(&error, BootError::Restore(error) if is_hopeless(error)) {
                         Store::new(config, run_dir).discard(&template);
                     }
                 }
@@ -227,7 +228,8 @@ async fn bring_up(
     Ok((Guest::boot(&home).await?, false))
 }
 
-fn sandbox_request(id: &Id, hostname: String) -> CreateSandboxRequest {
+/// What the agent is asked to set up before the first container.
+pub(super) fn sandbox_request(id: &Id, hostname: String) -> CreateSandboxRequest {
     let share = Storage {
         driver: "virtio-fs".to_owned(),
         source: TAG.to_owned(),
