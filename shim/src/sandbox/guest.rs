@@ -194,6 +194,14 @@ impl Guest {
         connect(&self.connector, STDIO_PORT, end).await
     }
 
+    /// Why a call really failed: whose machine has ended does not answer.
+    pub fn blame(&self, error: AgentError) -> AgentError {
+        match (error, self.machine.exit_reason()) {
+            (AgentError::NoAnswer { .. }, Some(reason)) => AgentError::Ended(reason),
+            (error, _) => error,
+        }
+    }
+
     /// Waits for the machine's end, without keeping the machine.
     pub fn ended(&self) -> impl Future<Output = io::Result<()>> + Send + use<> {
         let event = exit_event(&self.machine);
