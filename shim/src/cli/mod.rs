@@ -21,6 +21,7 @@ io.containerd.inlay.v2. Try it:
 Configuration: /etc/inlay/configuration.toml, TOML with kata's key names; every key has a default.
 State:         /run/inlay/sandboxes/<id>/, gone when the sandbox is.
 Templates:     /run/inlay/templates/<name>/, used where the configuration has [factory] enable_template = true.
+Metrics:       inlay metrics, and /run/inlay/sandboxes/<id>/metrics for one sandbox.
 Log:           containerd's own; records carry sandbox=<id>.";
 
 /// Runs each container or pod in its own virtual machine, inlaid in containerd's shim
