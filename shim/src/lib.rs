@@ -4,8 +4,9 @@
 //! containerd ── start/delete ──▶ bootstrap ── serve ──▶ service ──▶ sandbox ──▶ machine (vmm)
 //!                                                          │           ├─▶ agent (guest, ttrpc over vsock)
 //!                                                          │           ├─▶ resources (rootfs, volumes, cgroup)
-//!                                                          │           └─▶ template (restored instead of booted)
-//!                                                          │                  └─ pool (restored before it is asked for)
+//!                                                          │           ├─▶ template (restored instead of booted)
+//!                                                          │           │      └─ pool (restored before it is asked for)
+//!                                                          │           └─▶ metrics ──▶ Prometheus
 //!                                                          └──▶ events ──▶ containerd
 //! ```
 //!
@@ -39,6 +40,7 @@ mod ids;
 mod lock;
 mod log;
 mod main_thread;
+mod metrics;
 mod oci;
 mod pool;
 mod readiness;

@@ -5,6 +5,7 @@
 //! /run/inlay/templates/<name>/              machines that sandboxes are restored from
 //! /run/inlay/pool/<template>-<n>/           a sandbox that nobody has asked for yet; see `pool`
 //! /run/inlay/sandboxes/<sandbox>/state.json what `delete` needs when the process is gone
+//! /run/inlay/sandboxes/<sandbox>/metrics    the socket for metrics, from the end of the start on
 //! /run/inlay/sandboxes/<sandbox>/layout/    directories of the share, writable by the shim alone
 //! /run/inlay/sandboxes/<sandbox>/shared/    the same, read-only, with the containers' mounts on it: what the guest sees
 //! ```

@@ -42,6 +42,7 @@ mod faults;
 mod guest;
 mod host;
 mod machine;
+mod metrics;
 mod privileges;
 mod processes;
 mod stdio;

@@ -1,6 +1,7 @@
 //! The operator's command.
 
 mod check;
+mod metrics;
 mod pool;
 mod template;
 mod vm;
@@ -22,6 +23,7 @@ Configuration: /etc/inlay/configuration.toml, TOML with kata's key names; every 
 State:         /run/inlay/sandboxes/<id>/, gone when the sandbox is.
 Templates:     /run/inlay/templates/<name>/, used where the configuration has [factory] enable_template = true.
 Pool:          /run/inlay/pool/, filled where [factory] has a pool_size.
+Metrics:       inlay metrics, and /run/inlay/sandboxes/<id>/metrics for one sandbox.
 Log:           containerd's own; records carry sandbox=<id>.";
 
 /// Runs each container or pod in its own virtual machine, inlaid in containerd's shim
@@ -52,6 +54,9 @@ enum Command {
     /// Look after the pool: sandboxes that are restored before anybody asks for them
     #[command(subcommand)]
     Pool(pool::Verb),
+    /// Print metrics of all sandboxes of this node, as text for Prometheus
+    #[command(after_help = metrics::AFTER_HELP)]
+    Metrics,
     /// Print the version
     Version,
 }
@@ -69,6 +74,7 @@ pub fn main() -> ExitCode {
         Command::Vm { options } => vm::main(options.into_iter()),
         Command::Template(verb) => template::run(verb, arguments.config.as_deref()),
         Command::Pool(verb) => pool::run(&verb, arguments.config.as_deref()),
+        Command::Metrics => metrics::run(),
         Command::Version => {
             println!("inlay {}", env!("CARGO_PKG_VERSION"));
             ExitCode::SUCCESS
@@ -92,5 +98,6 @@ mod tests {
         let parsed = Arguments::try_parse_from(create).unwrap();
         assert!(matches!(parsed.command, Command::Template(template::Verb::Create { no_wait: true, .. })));
         assert!(Arguments::try_parse_from(["inlay", "template", "create", "x", "--no-wait"]).is_err());
+        assert!(matches!(Arguments::try_parse_from(["inlay", "metrics"]).unwrap().command, Command::Metrics));
     }
 }

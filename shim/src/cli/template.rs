@@ -165,6 +165,10 @@ fn show(store: &Store, name: &Id, config: &Config) -> Result<(), Box<dyn Error>>
     println!("made       {} s ago", age.as_secs());
     println!("mark       {}", record.mark);
     println!("memory     {}", memory(&template)?);
+    match template.working_set()? {
+        Some(set) => println!("ahead      {} KiB, which a start asks for first", set.bytes() >> 10),
+        None => println!("ahead      nothing: no start was recorded"),
+    }
     println!("kernel     {}\ninitrd     {}", images[0], images[1]);
     println!("machine    {}", serde_json::to_string(&record.key)?);
     match template.check(config) {

@@ -110,6 +110,18 @@ pub struct Factory {
     pub wait: bool,
     /// Restored sandboxes that wait to be asked for: `pool_size`, or kata's `vm_cache_number`.
     pub pool_size: u32,
+    /// How the memory of a template comes into a sandbox: `template_memory`.
+    pub memory: TemplateMemory,
+}
+
+/// How the memory of a template comes into a sandbox.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum TemplateMemory {
+    /// As a private mapping of the template's file: `mapped`.
+    #[default]
+    Mapped,
+    /// Page by page, by userfaultfd(2), and what a start needs ahead of the rest: `lazy`.
+    Lazy,
 }
 
 /// Something in the file that its author should know. It does not stop anything.
@@ -331,6 +343,12 @@ impl Factory {
                 self.pool_size = u32::try_from(size).unwrap_or_default();
             }
         }
+        let memory = section.choice("template_memory", "\"mapped\" or \"lazy\"", |text| match text {
+            "mapped" => Some(TemplateMemory::Mapped),
+            "lazy" => Some(TemplateMemory::Lazy),
+            _ => None,
+        })?;
+        self.memory = memory.unwrap_or(self.memory);
         Ok(())
     }
 }

@@ -159,7 +159,7 @@ pub const RUNTIME: Keys = Keys {
 
 /// `[factory]`, and `[hypervisor.*.factory]` of newer files.
 pub const FACTORY: Keys = Keys {
-    used: &["enable_template", "template_path", "wait_for_template", "pool_size", "vm_cache_number"],
+    used: &["enable_template", "template_path", "wait_for_template", "template_memory", "pool_size", "vm_cache_number"],
     idle: &["vm_cache_endpoint"],
 };
 

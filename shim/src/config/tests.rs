@@ -50,6 +50,7 @@ fn a_file_of_our_own_sets_everything() {
         enable_template = true
         template_path = "/t"
         wait_for_template = true
+        template_memory = "lazy"
         "#,
     );
     assert_eq!(notices, Vec::new());
@@ -65,7 +66,10 @@ fn a_file_of_our_own_sets_everything() {
     assert_eq!(config.runtime.confinement, vmm::Confinement::Off);
     assert_eq!(config.runtime.log_level, LevelFilter::WARN);
     assert_eq!(config.runtime.trace_file.as_deref(), Some(Path::new("/run/inlay/trace.jsonl")));
-    assert_eq!(config.factory, Factory { enabled: true, path: Some("/t".into()), wait: true, pool_size: 0 });
+    assert_eq!(
+        config.factory,
+        Factory { enabled: true, path: Some("/t".into()), wait: true, memory: TemplateMemory::Lazy, pool_size: 0 }
+    );
 }
 
 #[test]
@@ -102,7 +106,10 @@ fn the_factory_may_be_inside_the_hypervisor() {
     let (config, notices) = parse(
         "[hypervisor.stratovirt.factory]\nenable_template = true\n[factory]\nenable_template = false\ntemplate_path = \"\"\nvm_cache_number = 3\nvm_cache_endpoint = \"\"\n",
     );
-    assert_eq!(config.factory, Factory { enabled: true, path: None, wait: false, pool_size: 3 });
+    assert_eq!(
+        config.factory,
+        Factory { enabled: true, path: None, wait: false, memory: TemplateMemory::Mapped, pool_size: 3 }
+    );
     assert_eq!(notices, [Notice::WithoutUse(vec!["factory.vm_cache_endpoint".to_owned()])]);
 }
 
@@ -134,6 +141,7 @@ fn a_wrong_value_is_refused_by_name() {
     assert!(refuse("runtime = 1").contains("runtime must be a table"));
     assert!(refuse("[hypervisor.qemu]").contains("only [hypervisor.qemu]"));
     assert!(refuse("a = ").contains("is not TOML"));
+    assert!(refuse("[factory]\ntemplate_memory = \"cow\"").contains("must be \"mapped\" or \"lazy\", not"));
     assert!(refuse("[agent.kata]\nenable_debug = 1").contains("agent.kata.enable_debug must be true or false"));
 }
 

@@ -13,6 +13,7 @@ use crate::resources::ResourceError;
 use crate::run_dir::RunDir;
 use crate::sandbox::guest::{BootError, Guest, Home};
 use crate::sandbox::persist::{PersistError, SandboxDir};
+use crate::sandbox::saved::Saved;
 use crate::sandbox::{Host, SandboxRequest, StartError};
 use crate::template::{Store, Template};
 
@@ -78,7 +79,7 @@ impl Spare {
             main: &host.main,
             before_start: &|| Ok(()),
         };
-        let machine = Guest::asleep(&home, Arc::clone(&template)).await?;
+        let machine = Guest::asleep(&home, Saved::template(Arc::clone(&template), config.factory.memory)).await?;
         let machine = Asleep { machine: Some(machine), main: host.main.clone() };
         Ok(Self { machine, share, dir, config, template, store })
     }

@@ -45,6 +45,9 @@ pub enum AgentError {
         /// What happened to the connection.
         source: ttrpc::Error,
     },
+    /// There was none, and there will be none.
+    #[error("The guest has ended: {0}")]
+    Ended(vmm::ExitReason),
     /// The connection cannot be used.
     #[error("Cannot use the connection to the agent")]
     Connection(#[source] std::io::Error),

@@ -94,7 +94,8 @@ impl Sandbox {
         guest_request.stdin_port = ports.stdin;
         guest_request.stdout_port = ports.stdout;
         guest_request.stderr_port = ports.stderr;
-        guest.agent.create_container(&guest_request).await.map_err(CreateError::Agent)?;
+        let created = guest.agent.create_container(&guest_request).await;
+        created.map_err(|error| CreateError::Agent(guest.blame(error)))?;
 
         let process = Process::new(request.streams, None);
         process.keep_stdio(Arc::new(stdio));

@@ -16,13 +16,13 @@ use vmm::{Connector, ExitReason, HostEnd, Machine, MachineConfig};
 
 use super::agent::{Agent, AgentError};
 use super::machine::machine_config;
+use super::saved::Saved;
 use super::{guest_log, identity, trace};
 use crate::config::Config;
 use crate::helper::HelperError;
 use crate::ids::Id;
 use crate::main_thread::{Ended, MainThread};
 use crate::readiness;
-use crate::template::Template;
 
 /// Lines of the guest's console that an error quotes at least, and at most. The log has all that was kept.
 const QUOTED_LINES: std::ops::RangeInclusive<usize> = 12..=40;
@@ -110,6 +110,13 @@ impl Home<'_> {
     fn machine_config(&self) -> MachineConfig {
         machine_config(self.name, self.config, self.shared, self.socket)
     }
+
+    /// What makes one whenever it is called.
+    fn machine_config_again(&self) -> impl Fn() -> MachineConfig + Send + use<> {
+        let (name, config) = (self.name.clone(), self.config.clone());
+        let (shared, socket) = (self.shared.to_owned(), self.socket.to_owned());
+        move || machine_config(&name, &config, &shared, &socket)
+    }
 }
 
 /// A guest that runs, and its agent.
@@ -155,16 +162,16 @@ impl Guest {
         Ok(Self { connector, agent, answered_at: trace::now(), machine, main: home.main.clone() })
     }
 
-    /// As [`boot`](Self::boot), but the machine goes on from `template`. Its agent listens already. When this returns,
+    /// As [`boot`](Self::boot), but the machine goes on from where it was `saved`. Its agent listens already. When this returns,
     /// the guest's random generator is this sandbox's own; [`identity::set_clock`] is left to do.
-    pub async fn restore(home: &Home<'_>, template: Arc<Template>) -> Result<Self, BootError> {
-        Self::wake(Self::asleep(home, template).await?, home).await
+    pub async fn restore(home: &Home<'_>, saved: Saved) -> Result<Self, BootError> {
+        Self::wake(Self::asleep(home, saved).await?, home).await
     }
 
-    /// The machine of `template` before it goes on. It takes what a machine takes but for the guest's memory.
-    pub async fn asleep(home: &Home<'_>, template: Arc<Template>) -> Result<Arc<Machine>, BootError> {
-        let machine_config = home.machine_config();
-        let restored = home.main.run(move || Machine::restore(machine_config, &template.directory())).await?;
+    /// The machine that was `saved` before it goes on. It takes what a machine takes but for the guest's memory.
+    pub async fn asleep(home: &Home<'_>, saved: Saved) -> Result<Arc<Machine>, BootError> {
+        let machine_config = home.machine_config_again();
+        let restored = home.main.run(move || saved.restore(machine_config)).await?;
         Ok(Arc::new(restored.map_err(BootError::Restore)?))
     }
 
@@ -194,6 +201,14 @@ impl Guest {
     /// Ties `end` to a standard stream's port of the guest and returns the host's port, by which the agent knows it.
     pub async fn connect_stream(&self, end: HostEnd) -> Result<u32, ConnectError> {
         connect(&self.connector, STDIO_PORT, end).await
+    }
+
+    /// Why a call really failed: whose machine has ended does not answer.
+    pub fn blame(&self, error: AgentError) -> AgentError {
+        match (error, self.machine.exit_reason()) {
+            (AgentError::NoAnswer { .. }, Some(reason)) => AgentError::Ended(reason),
+            (error, _) => error,
+        }
     }
 
     /// Waits for the machine's end, without keeping the machine.

@@ -4,9 +4,11 @@
 //! | --- | --- |
 //! | `start` | from a request to a guest whose agent has set itself up |
 //! | `identity` | a guest that was restored becomes this sandbox's own |
+//! | `rehearse` | which pages of a template a start asks for |
 //! | `quiet` | a guest that has booted becomes a template |
 //! | `create` | a container |
 //! | `process` | start, wait, signal, add |
+//! | `observe` | what it tells about itself |
 //! | `stop` | end the machine, give everything back |
 
 // A guest chooses the numbers.
@@ -19,9 +21,12 @@ pub mod guest;
 mod guest_log;
 mod identity;
 pub mod machine;
+mod observe;
 pub mod persist;
 mod process;
 mod quiet;
+mod rehearse;
+pub mod saved;
 mod start;
 mod state;
 mod stop;
@@ -50,6 +55,7 @@ use trace::StartTimes;
 pub use create::{ContainerRequest, CreateError};
 pub use process::reported_pid;
 pub use quiet::QuietError;
+pub use rehearse::rehearse;
 pub use start::{SandboxRequest, StartError, confine};
 
 /// The parts of the process that can do what the service's threads may not.

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::bootstrap::ProcessIdentity;
 use crate::ids::Id;
+use crate::metrics;
 use crate::resources::cgroup::MadeDirectories;
 use crate::resources::share;
 use crate::run_dir::RunDir;
@@ -175,7 +176,7 @@ impl SandboxDir {
 
 impl Drop for SandboxDir {
     fn drop(&mut self) {
-        for name in [VSOCK, TEMPORARY, FILE] {
+        for name in [VSOCK, metrics::SOCKET, TEMPORARY, FILE] {
             let _ = fs::remove_file(self.path.join(name));
         }
         if let Err(error) = fs::remove_dir(&self.path) {

@@ -36,8 +36,10 @@ impl Sandbox {
     pub async fn start_container(self: &Arc<Self>, container: &Arc<Container>) -> Result<(), SandboxError> {
         let _steps = container.steps.lock().await;
         let running = container.init.state().start()?;
-        let started = self.agent()?.start_container(&container.id).await;
-        started.map_err(|source| SandboxError::Agent { what: "OCI runtime start failed", source })?;
+        let guest = self.guest()?;
+        let started = guest.agent.start_container(&container.id).await;
+        let failed = |error| SandboxError::Agent { what: "OCI runtime start failed", source: guest.blame(error) };
+        started.map_err(failed)?;
         if self.is_made_by(&container.id) {
             lock(&self.times).t5 = Some(trace::now());
         }
@@ -87,7 +89,7 @@ impl Sandbox {
         if let Err(source) = started {
             // There is nothing to start again: its specification is used up.
             process.end(Exit::now(KILLED));
-            return Err(SandboxError::Agent { what: "OCI runtime exec failed", source });
+            return Err(SandboxError::Agent { what: "OCI runtime exec failed", source: guest.blame(source) });
         }
         process.keep_stdio(Arc::new(stdio));
         process.set(running);
@@ -193,7 +195,7 @@ impl Sandbox {
             }
             let times = *lock(&sandbox.times);
             if times.t5.is_some() {
-                times.report(&sandbox.id, sandbox.config.runtime.trace_file.as_deref());
+                times.report(&sandbox.id, sandbox.lazy_figures(), sandbox.config.runtime.trace_file.as_deref());
             }
         });
     }

@@ -17,6 +17,7 @@ use tokio::time::MissedTickBehavior;
 use super::agent::{Agent, AgentError};
 use super::guest::{BootError, Guest, Home};
 use super::persist::{PersistError, Record, SandboxDir};
+use super::saved::{Saved, is_hopeless};
 use super::{Host, Resources, Sandbox, StartTimes, State, identity};
 use crate::bootstrap::with_causes;
 use crate::config::Config;
@@ -24,6 +25,7 @@ use crate::events::Publisher;
 use crate::helper::{Named, Share};
 use crate::ids::Id;
 use crate::main_thread::{Ended, MainThread};
+use crate::metrics::process::Meter;
 use crate::pool::Spare;
 use crate::resources::ResourceError;
 use crate::resources::cgroup::{CgroupPath, MadeDirectories, Placement};
@@ -159,6 +161,7 @@ impl Sandbox {
         };
         let resources = Resources { share, _placement: placement, dir };
 
+        let meter = Meter::open().inspect_err(|error| tracing::debug!(%error, "The process's memory is not measured"));
         if !confined {
             confine(config.runtime.confinement)?;
         }
@@ -197,6 +200,7 @@ impl Sandbox {
         });
         tokio::spawn(report_oom(Arc::clone(&sandbox), agent));
         sandbox.watch_machine();
+        sandbox.serve_metrics(meter.ok());
         Ok(sandbox)
     }
 }
@@ -231,7 +235,10 @@ async fn bring_up(
             tokio::spawn(maker.report());
             return Ok((Guest::boot(&home).await?, false));
         }
-        Plan::Restore(template) => (Guest::restore(&home, Arc::clone(&template)).await, Some(template)),
+        Plan::Restore(template) => {
+            let saved = Saved::template(Arc::clone(&template), config.factory.memory);
+            (Guest::restore(&home, saved).await, Some(template))
+        }
         Plan::Wake(machine) => (Guest::wake(machine, &home).await, None),
     };
     let error = match restored {
@@ -239,16 +246,16 @@ async fn bring_up(
         Err(error) => error,
     };
     tracing::warn!("The sandbox boots: {}", with_causes(&error));
-    // What lacks memory or time today may have it tomorrow; what does not fit never will.
     if let (Some(template), BootError::Restore(error)) = (template, &error)
-        && !matches!(error, vmm::RestoreError::Build(_))
+        && is_hopeless(error)
     {
         Store::new(config, run_dir).discard(&template);
     }
     Ok((Guest::boot(&home).await?, false))
 }
 
-fn sandbox_request(id: &Id, hostname: String) -> CreateSandboxRequest {
+/// What the agent is asked to set up before the first container.
+pub(super) fn sandbox_request(id: &Id, hostname: String) -> CreateSandboxRequest {
     let share = Storage {
         driver: "virtio-fs".to_owned(),
         source: TAG.to_owned(),

@@ -6,12 +6,17 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use nix::time::{ClockId, clock_gettime};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::ids::Id;
+use crate::metrics::LazyFigures;
+
+/// In a second.
+pub const NANOSECONDS: f64 = 1e9;
 
 /// Nanoseconds of `CLOCK_MONOTONIC` at which a start reached its stations.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct StartTimes {
     /// Whether the guest was restored from a template: then its init ran long ago, and there is no T3.
     pub restored: bool,
@@ -37,6 +42,8 @@ struct Line<'a> {
     sandbox: &'a Id,
     #[serde(flatten)]
     times: &'a StartTimes,
+    /// What had come of the guest's memory when the line was written, where it comes page by page.
+    memory: Option<LazyFigures>,
 }
 
 /// The time now.
@@ -53,9 +60,9 @@ impl StartTimes {
     }
 
     /// Writes the times to the log, and to `file`, if there is one and no time is missing: its readers compute with
-    /// the lines.
-    pub fn report(&self, sandbox: &Id, file: Option<&Path>) {
-        let Ok(json) = serde_json::to_string(&Line { sandbox, times: self }) else { return };
+    /// the lines. `memory` is what had come of the guest's by then.
+    pub fn report(&self, sandbox: &Id, memory: Option<LazyFigures>, file: Option<&Path>) {
+        let Ok(json) = serde_json::to_string(&Line { sandbox, times: self, memory }) else { return };
         tracing::info!(times = %json, "Start");
         if let Some(file) = file.filter(|_| self.is_complete()) {
             // One write of a short line with O_APPEND: lines of sandboxes that start together do not mix.
@@ -95,15 +102,17 @@ mod tests {
         let restored = StartTimes { restored: true, ..without_init };
         let starts = [("x", complete), ("silent", silent), ("no-init", without_init), ("y", complete), ("z", restored)];
         for (id, times) in starts {
-            times.report(&Id::try_from(id).unwrap(), Some(&file));
+            let memory = times.restored.then(|| LazyFigures { faults: 7, ..LazyFigures::default() });
+            times.report(&Id::try_from(id).unwrap(), memory, Some(&file));
         }
         let text = std::fs::read_to_string(&file).unwrap();
         let lines: Vec<&str> = text.lines().collect();
-        let times = r#""t0":1000,"t1":1500,"t2":2,"t3":3,"t4":4,"t5":5,"t6":9}"#;
-        assert_eq!(lines[0], format!(r#"{{"sandbox":"x","restored":false,{times}"#));
+        let times = r#""t0":1000,"t1":1500,"t2":2,"t3":3,"t4":4,"t5":5,"t6":9,"memory":"#;
+        assert_eq!(lines[0], format!(r#"{{"sandbox":"x","restored":false,{times}null}}"#));
         assert!(lines.len() == 3 && lines[1].contains("\"y\""), "{text}");
         let without_init = times.replace("\"t3\":3", "\"t3\":null");
-        assert_eq!(lines[2], format!(r#"{{"sandbox":"z","restored":true,{without_init}"#));
+        let memory = format!(r#"{{"sandbox":"z","restored":true,{without_init}{{"faults":7,"#);
+        assert!(lines[2].starts_with(&memory), "{text}");
         assert!(now() > 0 && now() <= now());
     }
 }

@@ -12,12 +12,14 @@ use super::key::Images;
 use super::record::{Files, Record};
 use super::store::Draft;
 use super::{Key, Store, Template, TemplateError, file_error};
-use crate::config::Config;
+use crate::bootstrap::with_causes;
+use crate::config::{Config, TemplateMemory};
 use crate::ids::Id;
 use crate::main_thread::{Ended, MainThread};
 use crate::run_dir::hex;
-use crate::sandbox::QuietError;
 use crate::sandbox::guest::{BootError, Guest, Home};
+use crate::sandbox::saved::Saved;
+use crate::sandbox::{QuietError, rehearse};
 
 /// The empty directory that the template's guest could see if it looked.
 const SHARE: &str = "share";
@@ -115,8 +117,23 @@ async fn save(name: &Id, config: &Config, draft: &Draft, mark: &str, main: &Main
     let machine = Guest::boot(&home).await?.quieten(mark).await?;
     let directory = draft.path().to_owned();
     main.run(move || snapshot_and_stop(machine, &directory)).await??;
+    if config.factory.memory == TemplateMemory::Lazy {
+        record_working_set(&home, draft).await;
+    }
     fs::remove_dir(&share).map_err(file_error("remove", &share))?;
     Ok(())
+}
+
+/// What starts are to have ahead. A template without it is as good, and slower.
+async fn record_working_set(home: &Home<'_>, draft: &Draft) {
+    let recorded = rehearse(home, Saved::rehearsal(draft.path().to_owned())).await;
+    let written = match &recorded {
+        Ok(set) => set.write(draft.path()).map_err(|error| with_causes(&error)),
+        Err(error) => Err(with_causes(error)),
+    };
+    if let Err(why) = written {
+        tracing::warn!("The template has no working set: {why}");
+    }
 }
 
 fn snapshot_and_stop(machine: Arc<Machine>, directory: &Path) -> Result<(), vmm::SnapshotError> {

@@ -100,6 +100,11 @@ impl Key {
         }
     }
 
+    /// Bytes of memory.
+    pub fn memory(&self) -> u64 {
+        self.memory_mib << 20
+    }
+
     /// The first thing in which this key, a template's, differs from the `wanted` one.
     pub fn difference(&self, wanted: &Self) -> Option<Difference> {
         let list = |devices: &[String]| devices.join(", ");

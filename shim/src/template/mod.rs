@@ -68,6 +68,14 @@ pub enum TemplateError {
         /// Where.
         source: vmm::snapshot::LayersError,
     },
+    /// Its working set is.
+    #[error("The template {name} is damaged")]
+    WorkingSet {
+        /// The template.
+        name: Id,
+        /// How.
+        source: vmm::WorkingSetError,
+    },
     /// Its manifest is another one.
     #[error("The template {0} is damaged: its manifest is not the one that was saved")]
     Manifest(Id),

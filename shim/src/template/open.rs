@@ -6,6 +6,8 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use vmm::WorkingSet;
+
 use super::key::Key;
 use super::record::{Files, Record};
 use super::{Store, TemplateError, file_error};
@@ -53,12 +55,21 @@ impl Template {
         if !self.look()?.same_manifest(&self.record.files) {
             return Err(TemplateError::Manifest(name.clone()));
         }
-        vmm::snapshot::verify(&self.directory()).map_err(|source| TemplateError::Damaged { name: name.clone(), source })
+        vmm::snapshot::verify(&self.directory())
+            .map_err(|source| TemplateError::Damaged { name: name.clone(), source })?;
+        self.working_set().map(drop)
     }
 
     /// Where its files are, whatever has its name by now.
     pub fn directory(&self) -> PathBuf {
         through(&self.directory)
+    }
+
+    /// What a start asks for first, where that was recorded.
+    pub fn working_set(&self) -> Result<Option<WorkingSet>, TemplateError> {
+        let name = &self.record.name;
+        WorkingSet::read(&self.directory(), self.record.key.memory())
+            .map_err(|source| TemplateError::WorkingSet { name: name.clone(), source })
     }
 
     /// What it says about itself.

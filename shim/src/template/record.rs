@@ -12,6 +12,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+use vmm::memory::working_set::WORKING_SET;
 use vmm::snapshot::{MANIFEST, MEMORY, STATE};
 
 use super::key::{Images, Key, Stamp};
@@ -50,6 +51,9 @@ pub struct Record {
 pub struct Files {
     memory: Stamp,
     state: Stamp,
+    /// Of the working set, where one was recorded.
+    #[serde(default)]
+    working_set: Option<Stamp>,
     manifest_sha256: String,
 }
 
@@ -63,7 +67,12 @@ impl Files {
         };
         let manifest = directory.join(MANIFEST);
         let bytes = fs::read(&manifest).map_err(file_error("read", &manifest))?;
-        Ok(Self { memory: stamp(MEMORY)?, state: stamp(STATE)?, manifest_sha256: hex(&Sha256::digest(bytes)) })
+        let working_set = match stamp(WORKING_SET) {
+            Err(TemplateError::File { source, .. }) if source.kind() == io::ErrorKind::NotFound => None,
+            stamp => Some(stamp?),
+        };
+        let manifest_sha256 = hex(&Sha256::digest(bytes));
+        Ok(Self { memory: stamp(MEMORY)?, state: stamp(STATE)?, working_set, manifest_sha256 })
     }
 
     /// Whether the manifest is the same.
@@ -181,6 +190,8 @@ mod tests {
         fs::write(dir.path().join(MEMORY), "MEMORY").unwrap();
         let now = Files::look(dir.path()).unwrap();
         assert!(now != record.files && now.same_manifest(&record.files));
+        fs::write(dir.path().join(WORKING_SET), "set").unwrap();
+        assert_ne!(Files::look(dir.path()).unwrap(), now);
         fs::write(dir.path().join(MANIFEST), "other").unwrap();
         assert!(!Files::look(dir.path()).unwrap().same_manifest(&record.files));
     }

@@ -1,6 +1,7 @@
 //! Sandboxes that are restored from a template instead of being booted.
 
 mod identity;
+mod lazy;
 mod life;
 mod pool;
 

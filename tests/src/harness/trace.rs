@@ -21,6 +21,18 @@ pub struct Start {
     t4: u64,
     t5: u64,
     t6: u64,
+    /// What had come of the guest's memory, where it comes page by page.
+    #[serde(default)]
+    pub memory: Option<Memory>,
+}
+
+/// What comes page by page of a guest's memory.
+#[derive(Clone, Copy, Debug, Deserialize)]
+pub struct Memory {
+    /// Page faults that were served.
+    pub faults: u64,
+    /// What came before it was asked for.
+    pub prefetched_bytes: u64,
 }
 
 /// What happens between one moment and the next.

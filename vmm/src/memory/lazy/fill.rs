@@ -94,10 +94,25 @@ impl<F: Faults> Filler<F> {
         }
     }
 
-    /// Gives the page at an offset of the memory, for which a thread waits. False: not now, the kernel takes none.
+    /// Gives the page at an offset of the memory, for which a thread waits, and those of zeros behind it: see
+    /// [`asked_with`](Self::asked_with). False: not now, the kernel takes none.
     pub fn serve(&mut self, offset: u64) -> Result<bool, Loss> {
-        let end = offset + self.layout.unit;
-        Ok(self.give(offset..end)? == end)
+        let range = self.asked_with(offset);
+        Ok(self.give(range)? >= offset + self.layout.unit)
+    }
+
+    /// The page at an offset, and where the template has zeros there, all that are missing up to the next multiple of a
+    /// [`STEP`], if they take no memory: a guest that makes use of free memory would ask for each of them.
+    pub fn asked_with(&self, offset: u64) -> Range<u64> {
+        let page = offset..offset + self.layout.unit;
+        if !self.zero_pages || !self.layout.free_zeros || self.placed.has(offset) || self.removed.has(offset) {
+            return page;
+        }
+        let (_, end) = self.placed.run(offset..(offset / STEP + 1) * STEP);
+        match self.contents(offset..end.min(self.layout.length)) {
+            (true, end) => offset..end.max(page.end),
+            (false, _) => page,
+        }
     }
 
     /// Gives at most a [`STEP`] of the pages in a range that are not there yet, and that the guest has not given back. Returns to where it came: the

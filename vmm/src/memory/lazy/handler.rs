@@ -196,7 +196,7 @@ fn pace(moved: bool) -> Next {
     if moved { Next::Turn } else { Next::Wait(Some(RETRY)) }
 }
 
-/// Remembers that a page was asked for, and whether the working set would have had it.
+/// Remembers that a page was asked for, with what comes with it, and whether the working set would have had it.
 fn note<F: Faults>(
     filler: &Filler<F>,
     record: &Record,
@@ -209,7 +209,9 @@ fn note<F: Faults>(
         Some(false) => record.metrics.working_set_misses.add(1),
         _ => {}
     }
-    if recorded.is_some_and(|recorded| recorded.set(offset, true)) {
-        record.note(offset..offset + record.page_size);
-    }
+    let Some(recorded) = recorded.filter(|recorded| !recorded.has(offset)) else { return };
+    // Two may ask for pages of the same zeros at a time.
+    let (_, end) = recorded.run(filler.asked_with(offset));
+    recorded.set_range(offset..end, true);
+    record.note(offset..end);
 }

@@ -25,6 +25,8 @@ pub struct Layout {
     pub unit: u64,
     /// Bytes of all.
     pub length: u64,
+    /// Whether pages of zeros take no memory until they are written to: no file is behind the memory.
+    pub free_zeros: bool,
 }
 
 impl Layout {
@@ -37,13 +39,14 @@ impl Layout {
             spans.push(Span { host, start, length: region.len() });
             start += region.len();
         }
-        Some(Self::from_spans(spans, unit))
+        let free_zeros = memory.iter().all(|region| region.file_offset().is_none());
+        Some(Self { free_zeros, ..Self::from_spans(spans, unit) })
     }
 
-    /// These mappings, which follow one another in the memory.
+    /// These mappings of private memory, which follow one another in the memory.
     pub fn from_spans(spans: Vec<Span>, unit: u64) -> Self {
         let length = spans.iter().map(|span| span.length).sum();
-        Self { spans, unit, length }
+        Self { spans, unit, length, free_zeros: true }
     }
 
     /// The mappings.

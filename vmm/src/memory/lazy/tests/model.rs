@@ -248,6 +248,8 @@ proptest! {
             kernel.borrow_mut().go_on();
         }
         let was_completed = record.completion_wanted.load(Ordering::Acquire);
+        let recorded = record.recorded.lock().expect("no panic").encode().expect("encode");
+        prop_assert!(WorkingSet::decode(&recorded).is_ok(), "a page was recorded twice");
         let kernel = kernel.borrow();
         prop_assert!(done || kernel.removals.is_empty());
         if !done {

@@ -1,0 +1,103 @@
+//! A machine in a directory, and how its memory comes from there.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use vmm::config::RestoreMemory;
+use vmm::{LazyConfig, LazyError, Machine, MachineConfig, RestoreError, WorkingSet};
+
+use crate::bootstrap::with_causes;
+use crate::config::TemplateMemory;
+use crate::template::Template;
+
+/// A machine that was saved.
+pub struct Saved {
+    directory: PathBuf,
+    memory: Memory,
+    /// Keeps the directory.
+    _template: Option<Arc<Template>>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Memory {
+    Mapped,
+    Lazy,
+    Recorded,
+}
+
+impl Saved {
+    /// A template, whose memory comes as the configuration says.
+    pub fn template(template: Arc<Template>, memory: TemplateMemory) -> Self {
+        let memory = match memory {
+            TemplateMemory::Mapped => Memory::Mapped,
+            TemplateMemory::Lazy => Memory::Lazy,
+        };
+        Self { directory: template.directory(), memory, _template: Some(template) }
+    }
+
+    /// A template that is being made, to see which pages are asked for.
+    pub fn rehearsal(directory: PathBuf) -> Self {
+        Self { directory, memory: Memory::Recorded, _template: None }
+    }
+
+    /// Makes the machine. Where the host serves no page faults its memory is mapped; `config` makes a configuration each
+    /// time.
+    pub fn restore(&self, config: impl Fn() -> MachineConfig) -> Result<Machine, RestoreError> {
+        let first = config();
+        let how = match self.memory {
+            Memory::Mapped => RestoreMemory::Mapped,
+            Memory::Lazy => {
+                let working_set = working_set(&self.directory, first.memory.size);
+                RestoreMemory::Lazy(LazyConfig { working_set, ..LazyConfig::default() })
+            }
+            Memory::Recorded => RestoreMemory::Lazy(LazyConfig { record: true, ..LazyConfig::default() }),
+        };
+        match Machine::restore_with(first, &self.directory, how) {
+            Err(RestoreError::Lazy(LazyError::Uffd(error))) => {
+                tracing::warn!("The template's memory is mapped: {}", with_causes(&error));
+                Machine::restore(config(), &self.directory)
+            }
+            restored => restored,
+        }
+    }
+}
+
+/// What is brought ahead; a hint, so one that is missing or cannot be read is none.
+fn working_set(directory: &Path, memory: u64) -> Option<WorkingSet> {
+    WorkingSet::read(directory, memory).unwrap_or_else(|error| {
+        tracing::warn!("The template's memory comes without a working set: {}", with_causes(&error));
+        None
+    })
+}
+
+/// Whether a template is of no use to anybody after this. What lacks memory or time today may have it tomorrow; what
+/// does not fit, or is damaged, never will.
+pub fn is_hopeless(error: &RestoreError) -> bool {
+    match error {
+        RestoreError::Build(_) => false,
+        RestoreError::Lazy(error) => matches!(error, LazyError::Lost(_) | LazyError::Length { .. }),
+        _ => true,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_template_is_given_up_for_what_it_is_and_not_for_the_hosts_state() {
+        assert!(is_hopeless(&RestoreError::Lazy(LazyError::Lost("The memory file was cut".into()))));
+        assert!(is_hopeless(&RestoreError::Differs { what: "vCPUs", saved: 1, configured: 2 }));
+        assert!(!is_hopeless(&RestoreError::Lazy(LazyError::Event(std::io::ErrorKind::OutOfMemory.into()))));
+        assert!(!is_hopeless(&RestoreError::Lazy(LazyError::Stopped)));
+    }
+
+    #[test]
+    fn a_working_set_that_cannot_be_read_is_none() {
+        let directory = tempfile::tempdir().unwrap();
+        assert_eq!(working_set(directory.path(), 1 << 20), None);
+        WorkingSet::new(1 << 20).write(directory.path()).unwrap();
+        assert!(working_set(directory.path(), 1 << 20).is_some());
+        assert_eq!(working_set(directory.path(), 2 << 20), None);
+    }
+}
