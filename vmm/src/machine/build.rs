@@ -8,7 +8,7 @@ use kvm_ioctls::{Kvm, VcpuFd};
 use linux_loader::cmdline::Cmdline;
 
 use super::Machine;
-use super::assemble::{Assembly, open_kvm};
+use super::assemble::{Assembly, open_kvm, seats};
 use super::attach::AttachError;
 use super::boot::{self, BootError, Loaded};
 use crate::arch::x86_64::{ArchError, cpuid, lapic, layout, msr, regs};
@@ -65,6 +65,8 @@ impl Machine {
         let (vcpus, size) = (config.vcpus, config.memory.size);
         check_vcpus(vcpus)?;
         let mut cmdline = boot::parse_cmdline(&config.boot)?;
+        // They confine themselves while the machine is made.
+        let seats = seats(vcpus, config.confinement)?;
         let kvm = open_kvm()?;
         let memory = memory::reserve(&config.memory)?;
         // What is mapped over the memory is not in the file that other processes map.
@@ -78,7 +80,7 @@ impl Machine {
         if let Some(boot_processor) = processors.first() {
             regs::set_boot_processor(boot_processor, entry)?;
         }
-        assembly.finish(processors, (0..vcpus).map(|index| cpuid.entries_of(index)).collect())
+        assembly.finish(seats, processors, (0..vcpus).map(|index| cpuid.entries_of(index)).collect())
     }
 }
 
