@@ -84,8 +84,11 @@ impl Machine {
     }
 }
 
+/// Bytes of kernel and initrd from which on copying them takes longer than starting a thread for that.
+const LARGE: u64 = 256 << 10;
+
 /// Copies kernel and initrd on one processor while the devices are made on another: the two are most of what building a
-/// machine takes. Images that are mapped come first, as KVM is told of each mapping in memory that it knows.
+/// machine takes, unless they are small. Images that are mapped come first, as KVM is told of each mapping in memory that it knows.
 fn load_and_assemble(
     config: MachineConfig,
     images: Placement,
@@ -94,7 +97,7 @@ fn load_and_assemble(
     cmdline: &mut Cmdline,
 ) -> Result<(Loaded, Assembly), BuildError> {
     let boot = config.boot.clone();
-    if images == Placement::Mapped {
+    if images == Placement::Mapped || boot::bytes(&boot) < LARGE {
         let loaded = boot::load(&memory, &boot, images)?;
         return Ok((loaded, Assembly::new(config, kvm, memory, cmdline, None)?));
     }
