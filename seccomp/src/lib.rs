@@ -17,7 +17,7 @@ mod trap;
 
 pub use error::ConfineError;
 pub use process::{confine_helper, confine_machine, confine_process, drop_capabilities, drop_privileges, take_role};
-pub use thread::spawn;
+pub use thread::{Entering, spawn, start};
 pub use trap::{EXIT_CODE, report_to, set_role};
 
 /// What a thread is for. Each has a file in `filters/`.

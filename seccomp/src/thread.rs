@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::Once;
-use std::sync::mpsc::sync_channel;
+use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread::{Builder, JoinHandle};
 
 use crate::{ConfineError, Confinement, Role, filter, privileges, trap};
@@ -15,29 +15,66 @@ const ARENAS: libc::c_int = 8;
 /// by themselves.
 const TRIM_THRESHOLD: libc::c_int = libc::c_int::MAX;
 
+/// A thread on its way into its role.
+#[must_use = "whether it has got there is to be asked"]
+pub struct Entering {
+    thread: JoinHandle<()>,
+    /// What it says when it is confined; nothing where it is not to be.
+    report: Option<Receiver<Result<(), ConfineError>>>,
+}
+
+impl Entering {
+    /// Waits until the thread is confined. When it cannot be, it does not do its work, and ends.
+    pub fn confined(self) -> io::Result<JoinHandle<()>> {
+        let Self { thread, report } = self;
+        let entered = match report {
+            Some(report) => {
+                report.recv().map_err(io::Error::other).and_then(|entered| entered.map_err(io::Error::other))
+            }
+            None => Ok(()),
+        };
+        match entered {
+            Ok(()) => Ok(thread),
+            Err(error) => {
+                // A panic has told its own message.
+                let _ = thread.join();
+                Err(error)
+            }
+        }
+    }
+}
+
 /// Starts a thread that does `body` in its role, and returns when it is confined. When it cannot be, there is no thread.
 pub fn spawn<F>(confinement: Confinement, role: Role, name: String, body: F) -> io::Result<JoinHandle<()>>
 where
     F: FnOnce() + Send + 'static,
 {
+    start(confinement, role, name, body)?.confined()
+}
+
+/// As [`spawn`], and returns at once: the thread confines itself while the caller does something else. It does `body` as soon
+/// as it is confined, so a guest must not reach it before the caller has asked.
+pub fn start<F>(confinement: Confinement, role: Role, name: String, body: F) -> io::Result<Entering>
+where
+    F: FnOnce() + Send + 'static,
+{
     let builder = Builder::new().name(name);
     if confinement == Confinement::Off {
-        return builder.spawn(body);
+        return Ok(Entering { thread: builder.spawn(body)?, report: None });
     }
     settle_allocator();
     let (report, confined) = sync_channel(1);
     let thread = builder.spawn(move || {
         let entered = enter(role);
         let go_on = entered.is_ok();
-        // The other end waits for it.
+        // Nobody may wait for it any more.
         let _ = report.send(entered);
         drop(report);
         if go_on {
             body();
         }
     })?;
-    confined.recv().map_err(io::Error::other)?.map_err(io::Error::other)?;
-    Ok(thread)
+    Ok(Entering { thread, report: Some(confined) })
 }
 
 /// Sees to it that the allocator opens no files.

@@ -25,6 +25,9 @@ const SECONDS: u32 = 4;
 /// Files of the small-files load on a directory.
 const FILES: u32 = 300;
 
+/// Of the guest's interface.
+const MAC: &str = "52:54:00:4e:00:01";
+
 /// Where KVM counts, by machine.
 const STATISTICS: &str = "/sys/kernel/debug/kvm";
 
@@ -103,7 +106,7 @@ fn drive(rig: &Rig, program: &Path, scratch: &Path, engine: &str, options: &str,
         .option("-device", "virtio-blk-device,id=d,drive=d")
         .boot();
     // First written, so that nothing is measured on holes.
-    vm.sh("dd if=/dev/zero of=/dev/vda bs=1M oflag=direct");
+    vm.sh(&format!("dd if=/dev/zero of=/dev/vda bs=1M oflag=direct count={}", AMOUNT >> 20));
     for (pattern, block, unit, field) in [
         ("randread", "4k", "4 KiB random reads, IOPS", 7),
         ("randwrite", "4k", "4 KiB random writes, IOPS", 48),
@@ -129,15 +132,20 @@ fn interface(rig: &Rig, program: &Path, kind: &str, options: &str, note: &mut im
         .vm()
         .program(program)
         .option("-netdev", format!("tap,id=n,ifname=bench0{options}"))
-        .option("-device", "virtio-net-device,id=n,netdev=n")
+        .option("-device", format!("virtio-net-device,id=n,netdev=n,mac={MAC}"))
         .boot();
     host(&["ip", "address", "add", "10.78.0.1/24", "dev", "bench0"]);
     host(&["ip", "link", "set", "bench0", "up"]);
-    vm.sh("ip address add 10.78.0.2/24 dev eth0 && ip link set eth0 up && iperf3 --server --daemon");
+    // Monitors differ in how many interfaces the guest sees before it.
+    vm.sh(&format!(
+        "name=$(basename $(dirname $(grep -l {MAC} /sys/class/net/*/address))) && \
+         ip address add 10.78.0.2/24 dev $name && ip link set $name up && iperf3 --server --daemon"
+    ));
     vm.sh("ping -c 1 -W 10 10.78.0.1");
     for (direction, words) in [("to the guest", &[][..]), ("from the guest", &["--reverse"][..])] {
-        let report = host(&[&["iperf3", "--client", "10.78.0.2", "--time", "4", "--json"], words].concat());
-        let report: Value = serde_json::from_str(&report)?;
+        let mut client = Command::new("iperf3");
+        client.args(["--client", "10.78.0.2", "--time", "4", "--json"]).args(words).stdin(Stdio::null());
+        let report: Value = serde_json::from_slice(&client.output().context("iperf3 cannot be run")?.stdout)?;
         let rate = report["end"]["sum_received"]["bits_per_second"].as_f64().unwrap_or(f64::NAN);
         note(format!("interface ({kind}): TCP {direction}, Mbit/s"), rate / 1e6);
     }

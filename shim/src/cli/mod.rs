@@ -68,6 +68,11 @@ pub fn stratovirt() -> ExitCode {
 
 /// Runs the command that the command line names.
 pub fn main() -> ExitCode {
+    // A machine starts before the words of the other commands could be laid out.
+    let mut words = std::env::args_os().skip(1);
+    if words.next().is_some_and(|verb| verb == "vm") {
+        return vm::main(words);
+    }
     let arguments = Arguments::parse();
     match arguments.command {
         Command::Check => check::run(arguments.config.as_deref()),

@@ -1,6 +1,7 @@
 //! Threads that devices run on: an event-manager loop in a thread of its own.
 
 use std::io;
+use std::mem;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -8,7 +9,7 @@ use std::thread::JoinHandle;
 use event_manager::{EventManager, RemoteEndpoint, SubscriberId};
 
 use devices::{EventLoop, Subscriber};
-use seccomp::{Confinement, Role};
+use seccomp::{Confinement, Entering, Role};
 
 /// Why there is no event loop.
 #[derive(Debug, thiserror::Error)]
@@ -28,16 +29,24 @@ pub struct LoopThread {
     stopping: Arc<AtomicBool>,
     /// 0 until the thread has told.
     id: Arc<AtomicI32>,
-    thread: Mutex<Option<JoinHandle<()>>>,
+    thread: Mutex<Thread>,
+}
+
+/// As far as its thread has come.
+enum Thread {
+    Entering(Entering),
+    Confined(JoinHandle<()>),
+    Gone,
 }
 
 impl LoopThread {
-    /// Starts a loop that has nothing to do yet. Its thread has the role's name.
-    pub fn spawn(role: Role, confinement: Confinement) -> Result<Self, EventError> {
+    /// Starts a loop that has nothing to do yet, and does not wait for it: see [`confirm`](Self::confirm). Its thread has the
+    /// role's name.
+    pub fn start(role: Role, confinement: Confinement) -> Result<Self, EventError> {
         let manager = EventManager::new().map_err(EventError::Manager)?;
         let endpoint = manager.remote_endpoint();
         let (stopping, id) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicI32::new(0)));
-        let thread = seccomp::spawn(confinement, role, role.name().to_owned(), {
+        let thread = seccomp::start(confinement, role, role.name().to_owned(), {
             let (stopping, id) = (Arc::clone(&stopping), Arc::clone(&id));
             move || {
                 // SAFETY: always succeeds, and touches no memory.
@@ -46,7 +55,16 @@ impl LoopThread {
             }
         })
         .map_err(EventError::Thread)?;
-        Ok(Self { endpoint, role, stopping, id, thread: Mutex::new(Some(thread)) })
+        Ok(Self { endpoint, role, stopping, id, thread: Mutex::new(Thread::Entering(thread)) })
+    }
+
+    /// Waits until its thread is confined; to be called before there is a guest. When it cannot be, there is no loop.
+    pub fn confirm(&self) -> Result<(), EventError> {
+        let mut thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Thread::Entering(entering) = mem::replace(&mut *thread, Thread::Gone) {
+            *thread = Thread::Confined(entering.confined().map_err(EventError::Thread)?);
+        }
+        Ok(())
     }
 
     /// What its thread is for.
@@ -64,8 +82,10 @@ impl LoopThread {
         self.stopping.store(true, Ordering::Release);
         // Fails only when the loop is gone already.
         let _ = self.endpoint.kick();
-        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(thread) = thread {
+        // One that could not be confined has ended by itself.
+        let _ = self.confirm();
+        let thread = mem::replace(&mut *self.thread.lock().unwrap_or_else(PoisonError::into_inner), Thread::Gone);
+        if let Thread::Confined(thread) = thread {
             // An error is a panic of the loop, which its own message has told.
             let _ = thread.join();
         }
@@ -142,7 +162,9 @@ mod tests {
         let (seen, receiver) = channel();
         let event = EventFd::new(0).expect("eventfd");
         let echo = Echo { event: event.try_clone().expect("clone"), seen };
-        let looper = LoopThread::spawn(Role::Io, Confinement::On).expect("spawn");
+        let looper = LoopThread::start(Role::Io, Confinement::On).expect("start");
+        looper.confirm().expect("confined");
+        looper.confirm().expect("still confined");
         let id = looper.add(Box::new(echo)).expect("add");
         assert_eq!(receiver.try_recv(), Ok("init"));
         event.write(1).expect("write");
@@ -156,7 +178,7 @@ mod tests {
     fn stopping_drops_the_subscribers_and_later_calls_fail() {
         let (seen, receiver) = channel();
         let echo = Echo { event: EventFd::new(0).expect("eventfd"), seen: seen.clone() };
-        let looper = LoopThread::spawn(Role::Fs, Confinement::On).expect("spawn");
+        let looper = LoopThread::start(Role::Fs, Confinement::On).expect("start");
         looper.add(Box::new(echo)).expect("add");
         looper.stop();
         looper.stop();

@@ -28,11 +28,10 @@ use crate::irq;
 use crate::memory::lazy::{LazyError, LazyMemory};
 use crate::memory::{self, Above, PluggableRegion};
 use crate::observe::TracePoints;
-use crate::vcpu::{Buses, Control, VcpuThread};
+use crate::vcpu::{Buses, Control, Seat, SpawnError};
 
 /// A machine without processors.
 pub(super) struct Assembly {
-    confinement: Confinement,
     name: String,
     control: Arc<Control>,
     trace: Arc<TracePoints>,
@@ -93,7 +92,6 @@ impl Assembly {
         let buses = Buses { port: Arc::new(port), mmio: Arc::new(mmio) };
         let hardware = Hardware { vm, transports, _above: above, memory, kvm, cpuid: Vec::new(), writes, base: None };
         Ok(Self {
-            confinement,
             name: config.name,
             control,
             trace,
@@ -163,14 +161,17 @@ impl Assembly {
         Ok(template)
     }
 
-    /// Starts a thread for each processor, which waits at the machine's gate. `cpuid` is what each was told.
+    /// Gives each thread its processor, with which it waits at the machine's gate. `cpuid` is what each was told.
     pub(super) fn finish(
         self,
+        seats: Vec<Seat>,
         processors: Vec<VcpuFd>,
         cpuid: Vec<Vec<kvm_cpuid_entry2>>,
     ) -> Result<Machine, BuildError> {
+        for event_loop in &self.loops {
+            event_loop.confirm().map_err(AttachError::from)?;
+        }
         let Self {
-            confinement,
             name,
             control,
             trace,
@@ -186,7 +187,7 @@ impl Assembly {
             mut hardware,
         } = self;
         hardware.cpuid = cpuid;
-        spawn_processors(processors, &buses, &control, &trace, confinement)?;
+        seat_processors(seats, processors, &buses, &control, &trace)?;
         let hardware = Mutex::new(Some(hardware));
         Ok(Machine { name, control, trace, serial, vsock, balloon, pluggable, shares, slots, loops, lazy, hardware })
     }
@@ -277,19 +278,23 @@ fn attach_legacy(
     Ok(serial)
 }
 
-/// Starts a thread for each processor, which waits at the gate of `control`.
-fn spawn_processors(
+/// Starts the threads of the processors, which are to be made.
+pub(super) fn seats(vcpus: u8, confinement: Confinement) -> Result<Vec<Seat>, SpawnError> {
+    (0..vcpus).map(|index| Seat::start(index, confinement)).collect()
+}
+
+/// Gives each processor its thread, which waits at the gate of `control`.
+fn seat_processors(
+    seats: Vec<Seat>,
     processors: Vec<VcpuFd>,
     buses: &Buses,
     control: &Arc<Control>,
     trace: &Arc<TracePoints>,
-    confinement: Confinement,
 ) -> Result<(), BuildError> {
     let mut threads = Vec::with_capacity(processors.len());
     let mut failed = None;
-    for (index, processor) in (0..).zip(processors) {
-        let (control, trace) = (Arc::clone(control), Arc::clone(trace));
-        match VcpuThread::spawn(index, processor, buses.clone(), control, trace, confinement) {
+    for (seat, processor) in seats.into_iter().zip(processors) {
+        match seat.occupy(processor, buses.clone(), Arc::clone(control), Arc::clone(trace)) {
             Ok(thread) => threads.push(thread),
             Err(error) => {
                 failed = Some(error);

@@ -287,7 +287,7 @@ impl Loops {
         match slot {
             Some(event_loop) => Ok(Arc::clone(event_loop)),
             None => {
-                let event_loop = Arc::new(LoopThread::spawn(role, self.confinement)?);
+                let event_loop = Arc::new(LoopThread::start(role, self.confinement)?);
                 *slot = Some(Arc::clone(&event_loop));
                 Ok(event_loop)
             }

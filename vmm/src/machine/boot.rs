@@ -1,5 +1,8 @@
 //! What stands in memory and in the registers when the guest's first instruction runs.
 
+use std::fs;
+use std::path::PathBuf;
+
 use linux_loader::cmdline::Cmdline;
 use linux_loader::loader::load_cmdline;
 
@@ -40,6 +43,12 @@ pub(super) fn parse_cmdline(config: &BootConfig) -> Result<Cmdline, BootError> {
 pub(super) struct Loaded {
     kernel: LoadedKernel,
     initrd: Option<Initrd>,
+}
+
+/// How much there is to load. What cannot be told will not be loaded either.
+pub(super) fn bytes(config: &BootConfig) -> u64 {
+    let size = |path: &PathBuf| fs::metadata(path).map_or(0, |metadata| metadata.len());
+    config.initrd.iter().chain([&config.kernel]).map(size).fold(0, u64::saturating_add)
 }
 
 /// Loads kernel and initrd. If they are mapped, best before KVM knows the memory: it is told of every mapping that is

@@ -8,7 +8,7 @@ use kvm_ioctls::{Kvm, VcpuFd};
 use linux_loader::cmdline::Cmdline;
 
 use super::Machine;
-use super::assemble::{Assembly, open_kvm};
+use super::assemble::{Assembly, open_kvm, seats};
 use super::attach::AttachError;
 use super::boot::{self, BootError, Loaded};
 use crate::arch::x86_64::{ArchError, cpuid, lapic, layout, msr, regs};
@@ -65,6 +65,8 @@ impl Machine {
         let (vcpus, size) = (config.vcpus, config.memory.size);
         check_vcpus(vcpus)?;
         let mut cmdline = boot::parse_cmdline(&config.boot)?;
+        // They confine themselves while the machine is made.
+        let seats = seats(vcpus, config.confinement)?;
         let kvm = open_kvm()?;
         let memory = memory::reserve(&config.memory)?;
         // What is mapped over the memory is not in the file that other processes map.
@@ -78,12 +80,15 @@ impl Machine {
         if let Some(boot_processor) = processors.first() {
             regs::set_boot_processor(boot_processor, entry)?;
         }
-        assembly.finish(processors, (0..vcpus).map(|index| cpuid.entries_of(index)).collect())
+        assembly.finish(seats, processors, (0..vcpus).map(|index| cpuid.entries_of(index)).collect())
     }
 }
 
+/// Bytes of kernel and initrd from which on copying them takes longer than starting a thread for that.
+const LARGE: u64 = 256 << 10;
+
 /// Copies kernel and initrd on one processor while the devices are made on another: the two are most of what building a
-/// machine takes. Images that are mapped come first, as KVM is told of each mapping in memory that it knows.
+/// machine takes, unless they are small. Images that are mapped come first, as KVM is told of each mapping in memory that it knows.
 fn load_and_assemble(
     config: MachineConfig,
     images: Placement,
@@ -92,7 +97,7 @@ fn load_and_assemble(
     cmdline: &mut Cmdline,
 ) -> Result<(Loaded, Assembly), BuildError> {
     let boot = config.boot.clone();
-    if images == Placement::Mapped {
+    if images == Placement::Mapped || boot::bytes(&boot) < LARGE {
         let loaded = boot::load(&memory, &boot, images)?;
         return Ok((loaded, Assembly::new(config, kvm, memory, cmdline, None)?));
     }

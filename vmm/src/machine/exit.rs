@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -79,6 +80,13 @@ impl ExitLatch {
         }
     }
 
+    fn wait_for(&self, time: Duration) -> Option<ExitReason> {
+        let running = |reason: &mut Option<ExitReason>| reason.is_none();
+        let waited = self.changed.wait_timeout_while(self.lock(), time, running);
+        let (reason, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        reason.clone()
+    }
+
     fn lock(&self) -> MutexGuard<'_, Option<ExitReason>> {
         self.reason.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -88,6 +96,11 @@ impl Machine {
     /// Waits until the machine has ended.
     pub fn wait(&self) -> ExitReason {
         self.control.exit().wait()
+    }
+
+    /// Waits until the machine has ended, but not longer than `time`.
+    pub fn wait_for(&self, time: Duration) -> Option<ExitReason> {
+        self.control.exit().wait_for(time)
     }
 
     /// Why the machine ended, if it has.
@@ -120,9 +133,11 @@ mod tests {
     fn the_first_reason_stays() {
         let latch = ExitLatch::new().expect("latch");
         assert_eq!(latch.get(), None);
+        assert_eq!(latch.wait_for(Duration::from_millis(1)), None);
         latch.set(ExitReason::Reset);
         latch.set(ExitReason::Stopped);
         assert_eq!(latch.wait(), ExitReason::Reset);
+        assert_eq!(latch.wait_for(Duration::MAX), Some(ExitReason::Reset));
         assert_eq!(latch.event.read().expect("readable"), 1);
     }
 

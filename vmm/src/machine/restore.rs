@@ -8,7 +8,7 @@ use linux_loader::cmdline::Cmdline;
 
 use devices::GuestMemory;
 
-use super::assemble::{Assembly, kvm_error, open_kvm};
+use super::assemble::{Assembly, kvm_error, open_kvm, seats};
 use super::snapshot::IRQCHIPS;
 use super::{BuildError, Machine};
 use crate::arch::x86_64::cpuid::{FeatureGap, missing_features};
@@ -86,6 +86,8 @@ impl Machine {
         expect("interrupt controllers", state.irqchips.len() as u64, IRQCHIPS.len() as u64)?;
         super::build::check_vcpus(config.vcpus)?;
 
+        // They confine themselves while the machine is made.
+        let seats = seats(config.vcpus, config.confinement).map_err(BuildError::from)?;
         let kvm = open_kvm()?;
         let (memory, lazy) = match how {
             RestoreMemory::Mapped => (map_memory(&config.memory, &layers)?, None),
@@ -104,7 +106,7 @@ impl Machine {
             None => error,
         })?;
         let cpuid = state.vcpus.iter().map(|vcpu| vcpu.cpuid().to_vec()).collect();
-        Ok(assembly.finish(processors, cpuid)?)
+        Ok(assembly.finish(seats, processors, cpuid)?)
     }
 }
 

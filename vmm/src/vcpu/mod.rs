@@ -13,4 +13,4 @@ pub use control::Control;
 pub use exits::Buses;
 pub use fault::VcpuFault;
 pub use state::{VcpuRestoreError, VcpuState};
-pub use thread::{SpawnError, VcpuThread};
+pub use thread::{Seat, SpawnError, VcpuThread};

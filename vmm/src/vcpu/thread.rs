@@ -2,11 +2,12 @@
 
 use std::io;
 use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 
 use kvm_ioctls::VcpuFd;
-use seccomp::{Confinement, Role};
+use seccomp::{Confinement, Entering, Role};
 use vmm_sys_util::signal::{Killable, unblock_signal};
 
 use super::Control;
@@ -49,34 +50,69 @@ pub struct VcpuThread {
     handle: Mutex<Option<JoinHandle<()>>>,
 }
 
-impl VcpuThread {
-    /// Starts the thread of `vcpu`, which waits at the gate of `control`.
-    pub fn spawn(
-        index: u8,
-        vcpu: VcpuFd,
-        buses: Buses,
-        control: Arc<Control>,
-        trace: Arc<TracePoints>,
-        confinement: Confinement,
-    ) -> Result<Self, SpawnError> {
+/// The thread of a processor that is still to be made: it confines itself meanwhile, and ends when this is dropped.
+pub struct Seat {
+    index: u8,
+    id: Arc<AtomicI32>,
+    /// Gone when there is a processor.
+    waiting: Option<(Entering, SyncSender<Runner>)>,
+}
+
+impl Seat {
+    /// Starts the thread of processor `index`.
+    pub fn start(index: u8, confinement: Confinement) -> Result<Self, SpawnError> {
         install_handler();
-        let immediate_exit = ImmediateExit::map(&vcpu).map_err(|source| SpawnError::RunPage { vcpu: index, source })?;
         let id = Arc::new(AtomicI32::new(0));
-        let vcpu = Arc::new(Mutex::new(vcpu));
-        let shared = Arc::downgrade(&vcpu);
-        let runner = Runner { index, vcpu, buses, control, trace };
-        let handle = seccomp::spawn(confinement, Role::Vcpu, format!("vcpu{index}"), {
+        let (sender, processor) = sync_channel::<Runner>(1);
+        let thread = seccomp::start(confinement, Role::Vcpu, format!("vcpu{index}"), {
             let id = Arc::clone(&id);
             move || {
+                // Nobody sends one where the machine could not be built.
+                let Ok(runner) = processor.recv() else { return };
                 // SAFETY: always succeeds, and touches no memory.
                 id.store(unsafe { libc::gettid() }, Ordering::Release);
                 runner.run();
             }
-        })
-        .map_err(|source| SpawnError::Thread { vcpu: index, source })?;
-        Ok(Self { vcpu: shared, immediate_exit, id, handle: Mutex::new(Some(handle)) })
+        });
+        let thread = thread.map_err(|source| SpawnError::Thread { vcpu: index, source })?;
+        Ok(Self { index, id, waiting: Some((thread, sender)) })
     }
 
+    /// Gives the thread its processor, with which it waits at the gate of `control`.
+    pub fn occupy(
+        mut self,
+        vcpu: VcpuFd,
+        buses: Buses,
+        control: Arc<Control>,
+        trace: Arc<TracePoints>,
+    ) -> Result<VcpuThread, SpawnError> {
+        let index = self.index;
+        let failed = |source| SpawnError::Thread { vcpu: index, source };
+        let immediate_exit = ImmediateExit::map(&vcpu).map_err(|source| SpawnError::RunPage { vcpu: index, source })?;
+        let (thread, sender) = self.waiting.take().ok_or_else(|| failed(io::ErrorKind::NotFound.into()))?;
+        let handle = thread.confined().map_err(failed)?;
+        let vcpu = Arc::new(Mutex::new(vcpu));
+        let shared = Arc::downgrade(&vcpu);
+        sender
+            .send(Runner { index, vcpu, buses, control, trace })
+            .map_err(|_| failed(io::ErrorKind::BrokenPipe.into()))?;
+        Ok(VcpuThread { vcpu: shared, immediate_exit, id: Arc::clone(&self.id), handle: Mutex::new(Some(handle)) })
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        if let Some((thread, sender)) = self.waiting.take() {
+            drop(sender);
+            if let Ok(thread) = thread.confined() {
+                // An error is a panic, which its own message has told.
+                let _ = thread.join();
+            }
+        }
+    }
+}
+
+impl VcpuThread {
     /// Its thread identifier; 0 until the thread has come to the gate.
     pub fn id(&self) -> i32 {
         self.id.load(Ordering::Acquire)
@@ -168,6 +204,28 @@ impl Runner {
                 Outcome::Continue => {}
                 other => return other,
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    /// Threads of this process that have the name.
+    fn named(name: &str) -> usize {
+        let tasks = fs::read_dir("/proc/self/task").expect("tasks").flatten();
+        tasks.filter(|task| fs::read_to_string(task.path().join("comm")).is_ok_and(|comm| comm.trim() == name)).count()
+    }
+
+    #[test]
+    fn a_seat_that_nobody_takes_leaves_no_thread() {
+        for confinement in [Confinement::On, Confinement::Off] {
+            let seat = Seat::start(77, confinement).expect("start");
+            drop(seat);
+            assert_eq!(named("vcpu77"), 0);
         }
     }
 }

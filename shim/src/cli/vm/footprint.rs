@@ -2,6 +2,10 @@
 
 use std::ffi::{c_int, c_void};
 use std::ptr;
+use std::time::Duration;
+
+/// How long a machine has run when its start is over, devices and all. One that ends before needs no less memory.
+pub const START: Duration = Duration::from_millis(500);
 
 /// What mappings are made of on this architecture.
 const PAGE: u64 = 4096;

@@ -65,8 +65,10 @@ fn run(words: impl Iterator<Item = OsString>) -> Result<ExitCode, Box<dyn Error>
     if !freeze {
         machine.start()?;
     }
-    footprint::let_go_of_the_start();
-    let reason = machine.wait();
+    let reason = machine.wait_for(footprint::START).unwrap_or_else(|| {
+        footprint::let_go_of_the_start();
+        machine.wait()
+    });
     // Its clients are told of the end.
     servers.into_iter().for_each(QmpServer::join);
     machine.stop();
