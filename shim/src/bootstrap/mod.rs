@@ -14,6 +14,7 @@ use std::process::ExitCode;
 use flags::{Action, Flags};
 
 pub use process::ProcessIdentity;
+pub use serve::raise_file_limit;
 
 /// Runs the verb that the command line names. Errors go to stderr, which containerd shows.
 pub fn main() -> ExitCode {

@@ -145,8 +145,12 @@ impl Sandbox {
         confine(config.runtime.confinement)?;
         let (guest, restored) = bring_up(&request.id, &config, &resources, plan, run_dir, &host).await?;
         let sandbox_request = sandbox_request(&request.id, request.hostname);
-        let set_clock = async { if restored { identity::set_clock(&guest.agent).await } else { Ok(()) } };
-        if let Err(error) = tokio::try_join!(guest.agent.create_sandbox(&sandbox_request), set_clock) {
+        let set_up = async {
+            guest.agent.create_sandbox(&sandbox_request).await?;
+            // When the guest has nothing else to do, so that it looks at once.
+            if restored { identity::set_clock(&guest.agent).await } else { Ok(()) }
+        };
+        if let Err(error) = set_up.await {
             super::guest::console(guest.machine());
             guest.stop().await;
             return Err(StartError::Agent(error));
@@ -212,7 +216,7 @@ async fn bring_up(
             match Guest::restore(&home, Arc::clone(&template)).await {
                 Ok(guest) => return Ok((guest, true)),
                 Err(error) => {
-                    tracing::warn!("The sandbox boots: {}", with_causes(&error));
+                    tracing::warn!("The template is not used: {}", with_causes(&error));
                     // What lacks memory or time today may have it tomorrow; what does not fit never will.
                     if matches!(&error, BootError::Restore(error) if !matches!(error, vmm::RestoreError::Build(_))) {
                         Store::new(config, run_dir).discard(&template);
