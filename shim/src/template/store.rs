@@ -13,7 +13,7 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
@@ -23,6 +23,7 @@ use nix::fcntl::{AT_FDCWD, Flock, FlockArg, RenameFlags, renameat2};
 use super::{Template, TemplateError, file_error};
 use crate::config::Config;
 use crate::ids::Id;
+use crate::lock::is_named;
 use crate::run_dir::RunDir;
 
 /// Longest report of a failure that is read.
@@ -74,8 +75,8 @@ impl Store {
                 Err((_, Errno::EINTR)) => continue,
                 Err((_, errno)) => return Err(file_error("lock", &path)(errno.into())),
             };
-            // Whoever had it has removed the file: the lock of a file without a name is nobody's.
-            if is_same(&file, &path) {
+            // Otherwise whoever had it has removed the file.
+            if is_named(&file, &path) {
                 return Ok(Some(Lock { path, _file: file }));
             }
         }
@@ -106,10 +107,10 @@ impl Store {
     /// Removes the template `name`, and what was left by making it. Waits for whoever is making it.
     pub fn remove(&self, name: &Id) -> Result<(), TemplateError> {
         let Some(_lock) = self.lock(name, true)? else { return Ok(()) };
+        let noted = fs::remove_file(self.beside(name, "failed")).is_ok();
         let cleared = self.clear(name)?;
-        let _ = fs::remove_file(self.beside(name, "failed"));
         match self.take_away(name) {
-            Err(TemplateError::Missing(_)) if cleared => Ok(()),
+            Err(TemplateError::Missing(_)) if cleared || noted => Ok(()),
             removed => removed,
         }
     }
@@ -187,14 +188,6 @@ impl Store {
             made => made.map_err(file_error("make", &self.base)),
         }
     }
-}
-
-fn is_same(file: &File, path: &Path) -> bool {
-    let same = || {
-        let (ours, theirs) = (file.metadata()?, path.symlink_metadata()?);
-        Ok::<_, io::Error>((ours.dev(), ours.ino()) == (theirs.dev(), theirs.ino()))
-    };
-    same().unwrap_or(false)
 }
 
 /// The right to change what is under a name. The kernel takes it from a process that ends.
@@ -312,6 +305,10 @@ mod tests {
         store.remove(&name).unwrap();
         assert_eq!(entries(&store), [""; 0]);
         assert!(matches!(store.remove(&name), Err(TemplateError::Missing(_))));
+        // A note of a failure is all that there is.
+        store.note_failure(&name, "why");
+        store.remove(&name).unwrap();
+        assert_eq!(entries(&store), [""; 0]);
     }
 
     #[test]
