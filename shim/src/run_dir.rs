@@ -3,6 +3,7 @@
 //! ```text
 //! /run/inlay/s/<hash>                       the shim's ttrpc socket
 //! /run/inlay/templates/<name>/              machines that sandboxes are restored from
+//! /run/inlay/starts/                        which sandboxes start, and which wait for that
 //! /run/inlay/sandboxes/<sandbox>/state.json what `delete` needs when the process is gone
 //! /run/inlay/sandboxes/<sandbox>/layout/    directories of the share, writable by the shim alone
 //! /run/inlay/sandboxes/<sandbox>/shared/    the same, read-only, with the containers' mounts on it: what the guest sees
@@ -44,6 +45,11 @@ impl RunDir {
     /// The directory with one entry for each template.
     pub fn templates(&self) -> PathBuf {
         self.root.join("templates")
+    }
+
+    /// The directory of the queue of starts.
+    pub fn starts(&self) -> PathBuf {
+        self.root.join("starts")
     }
 
     /// The directory of one sandbox.

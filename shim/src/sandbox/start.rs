@@ -29,6 +29,7 @@ use crate::resources::cgroup::{CgroupPath, MadeDirectories, Placement};
 use crate::resources::share::{GUEST_SHARE, TAG};
 use crate::resources::volumes::GUEST_SHM;
 use crate::run_dir::RunDir;
+use crate::start_queue::{self, QueueError};
 use crate::template::{self, Plan, Store};
 
 /// Shortest time between two reports that a container ran out of memory.
@@ -57,6 +58,9 @@ pub struct SandboxRequest {
 /// Why a sandbox was not started: the stage that failed, and its cause.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
+    /// Too many others start.
+    #[error("Cannot have a turn in the queue of starts")]
+    Queue(#[from] QueueError),
     /// The directory for its state.
     #[error("Cannot make the sandbox's directory")]
     Directory(#[from] PersistError),
@@ -125,6 +129,10 @@ impl Sandbox {
         host: Host,
         events: Arc<Publisher>,
     ) -> Result<Arc<Self>, StartError> {
+        let turn = match config.runtime.simultaneous_starts {
+            Some(most) => Some(start_queue::turn(run_dir, most, config.runtime.queue_deadline).await?),
+            None => None,
+        };
         let plan = template::plan(&config, request.config_path.as_deref(), run_dir, &host.main).await?;
         let dir = SandboxDir::create(run_dir, &request.id)?;
         let placement = match request.cgroup {
@@ -144,6 +152,8 @@ impl Sandbox {
 
         confine(config.runtime.confinement)?;
         let (guest, restored) = bring_up(&request.id, &config, &resources, plan, run_dir, &host).await?;
+        // What is left to do takes the guest's time more than the host's.
+        drop(turn);
         let sandbox_request = sandbox_request(&request.id, request.hostname);
         let set_up = async {
             guest.agent.create_sandbox(&sandbox_request).await?;
