@@ -1,0 +1,180 @@
+//! Containers that are started at once: runc, sandboxes that boot, sandboxes that are restored from a template.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use benches::table::{markdown, median, milliseconds};
+use inlay_tests::harness::trace::Start;
+use inlay_tests::harness::{HOME, HostState, Parts, Runtime, configure, containerd, unique};
+use inlay_tests::images;
+
+const DEFAULT_COUNTS: [usize; 3] = [1, 10, 100];
+const DEFAULT_ROUNDS: usize = 3;
+/// The template of the usual configuration file.
+const TEMPLATE: &str = "default";
+
+/// Where the guest comes from.
+#[derive(Clone, Copy, PartialEq)]
+enum Kind {
+    Runc,
+    Cold,
+    Restored,
+}
+
+impl Kind {
+    const ALL: [Self; 3] = [Self::Runc, Self::Cold, Self::Restored];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Runc => "runc",
+            Self::Cold => "Inlay, booted",
+            Self::Restored => "Inlay, restored",
+        }
+    }
+
+    fn runtime(self) -> Runtime {
+        if self == Self::Runc { Runtime::Runc } else { Runtime::Inlay }
+    }
+}
+
+/// What so many starts at once have cost, over all rounds.
+#[derive(Default)]
+struct Figures {
+    walls: Vec<Duration>,
+    removals: Vec<Duration>,
+    starts: Vec<Start>,
+    failed: usize,
+}
+
+/// Measures and prints, round by round in turns. Fails if a start has failed.
+pub fn run(arguments: &[String]) -> Result<()> {
+    let (rounds, counts) = parse(arguments)?;
+    let parts = Parts::find();
+    // Once each, uncounted.
+    for kind in Kind::ALL {
+        prepare(&parts, kind)?;
+        round(kind, 1, &mut Figures::default())?;
+    }
+    let mut rows = vec![head()];
+    let mut failed = 0;
+    for count in counts {
+        let mut all = Kind::ALL.map(|kind| (kind, Figures::default()));
+        for _ in 0..rounds {
+            for (kind, figures) in &mut all {
+                prepare(&parts, *kind)?;
+                round(*kind, count, figures)?;
+            }
+        }
+        let anchor = median(all[0].1.walls.iter().copied());
+        rows.extend(all.iter().map(|(kind, figures)| row(*kind, count, figures, anchor)));
+        failed += all.iter().map(|(_, figures)| figures.failed).sum::<usize>();
+        eprintln!("{count} at once: done");
+    }
+    println!("### So many `ctr run --detach` at once, medians of {rounds} rounds in turns\n");
+    println!("{}", markdown(&rows));
+    inlay(&parts, &["template", "remove", TEMPLATE])?;
+    ensure!(failed == 0, "{failed} starts have failed");
+    Ok(())
+}
+
+fn parse(arguments: &[String]) -> Result<(usize, Vec<usize>)> {
+    let (mut rounds, mut counts) = (DEFAULT_ROUNDS, Vec::new());
+    let mut arguments = arguments.iter();
+    while let Some(argument) = arguments.next() {
+        let (text, is_rounds) = match argument.as_str() {
+            "--rounds" => (arguments.next().context("--rounds needs a number")?, true),
+            _ => (argument, false),
+        };
+        let number = text.parse().with_context(|| format!("{text} is no number"))?;
+        ensure!(number > 0, "There is nothing to be learned from 0");
+        if is_rounds { rounds = number } else { counts.push(number) }
+    }
+    Ok((rounds, if counts.is_empty() { DEFAULT_COUNTS.to_vec() } else { counts }))
+}
+
+/// The configuration of this kind, and its template.
+fn prepare(parts: &Parts, kind: Kind) -> Result<()> {
+    let factory = format!("[factory]\nenable_template = {}\n", kind == Kind::Restored);
+    configure(&format!("{}\n{factory}", parts.configuration("")))?;
+    if kind == Kind::Restored {
+        inlay(parts, &["template", "create", TEMPLATE, "--if-needed"])?;
+    }
+    let _ = fs::remove_file(trace());
+    Ok(())
+}
+
+/// Starts so many at once, and removes them at once. Nothing may be left of them.
+fn round(kind: Kind, count: usize, figures: &mut Figures) -> Result<()> {
+    let before = HostState::take();
+    let ids: Vec<String> = (0..count).map(|_| unique("together")).collect();
+    let begun = Instant::now();
+    let started = all(&ids, |id| {
+        let script = "echo .; exec sleep 10000";
+        ctr(&["run", "--detach", "--runtime", kind.runtime().name(), images::BUSYBOX, id, "sh", "-c", script])
+    })?;
+    figures.walls.push(begun.elapsed());
+    for output in started.iter().filter(|output| !output.status.success()) {
+        figures.failed += 1;
+        eprintln!("{} failed: {}", kind.name(), String::from_utf8_lossy(&output.stderr).trim());
+    }
+    let begun = Instant::now();
+    all(&ids, |id| ctr(&["task", "delete", "--force", id]))?;
+    all(&ids, |id| ctr(&["container", "delete", id]))?;
+    figures.removals.push(begun.elapsed());
+    if kind != Kind::Runc {
+        figures.starts.extend(Start::read(&trace())?);
+    }
+    HostState::assert_settles(&before);
+    Ok(())
+}
+
+fn all(ids: &[String], command: impl Fn(&str) -> Command) -> Result<Vec<Output>> {
+    let children = ids.iter().map(|id| command(id).spawn().context("Cannot run ctr"));
+    let children = children.collect::<Result<Vec<_>>>()?;
+    children.into_iter().map(|child| child.wait_with_output().context("Cannot wait for ctr")).collect()
+}
+
+fn ctr(arguments: &[&str]) -> Command {
+    let mut command = containerd().command();
+    command.args(arguments).stdout(Stdio::null()).stderr(Stdio::piped());
+    command
+}
+
+fn inlay(parts: &Parts, arguments: &[&str]) -> Result<()> {
+    let output = Command::new(&parts.shim).args(arguments).output().context("Cannot run inlay")?;
+    ensure!(output.status.success(), "inlay {arguments:?} has failed: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(())
+}
+
+fn trace() -> std::path::PathBuf {
+    Path::new(HOME).join("trace.jsonl")
+}
+
+fn head() -> Vec<String> {
+    ["at once", "", "failed", "all started", "least", "most", "over runc", "T0→T4", "T0→T6", "all removed"]
+        .map(String::from)
+        .to_vec()
+}
+
+fn row(kind: Kind, count: usize, figures: &Figures, anchor: Duration) -> Vec<String> {
+    let middle = median(figures.walls.iter().copied());
+    let of_starts = |time: fn(&Start) -> Duration| match figures.starts.as_slice() {
+        [] => String::new(),
+        starts => milliseconds(median(starts.iter().map(time))),
+    };
+    vec![
+        count.to_string(),
+        kind.name().to_owned(),
+        figures.failed.to_string(),
+        milliseconds(middle),
+        milliseconds(figures.walls.iter().min().copied().unwrap_or_default()),
+        milliseconds(figures.walls.iter().max().copied().unwrap_or_default()),
+        format!("{:.2}", middle.as_secs_f64() / anchor.as_secs_f64()),
+        of_starts(Start::to_agent),
+        of_starts(Start::to_output),
+        milliseconds(median(figures.removals.iter().copied())),
+    ]
+}
