@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! containers [RUNS]
-//! containers together [--rounds N] [COUNT ...]
+//! containers together [--rounds N] [--only runc|cold|restored]... [COUNT ...]
 //! ```
 //!
 //! The second starts so many containers at once, 1, 10 and 100 if no count is given, and fails if one of them fails. A

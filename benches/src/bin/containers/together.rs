@@ -1,11 +1,12 @@
 //! Containers that are started at once: runc, sandboxes that boot, sandboxes that are restored from a template.
 
 use std::fs;
-use std::path::Path;
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use benches::table::{markdown, median, milliseconds};
 use inlay_tests::harness::trace::Start;
 use inlay_tests::harness::{HOME, HostState, Parts, Runtime, configure, containerd, unique};
@@ -26,6 +27,15 @@ enum Kind {
 
 impl Kind {
     const ALL: [Self; 3] = [Self::Runc, Self::Cold, Self::Restored];
+
+    fn of(word: &str) -> Result<Self> {
+        match word {
+            "runc" => Ok(Self::Runc),
+            "cold" => Ok(Self::Cold),
+            "restored" => Ok(Self::Restored),
+            _ => bail!("{word} is none of runc, cold and restored"),
+        }
+    }
 
     fn name(self) -> &'static str {
         match self {
@@ -49,50 +59,66 @@ struct Figures {
     failed: usize,
 }
 
+/// What the command line asks for.
+struct Order {
+    rounds: usize,
+    counts: Vec<usize>,
+    kinds: Vec<Kind>,
+}
+
 /// Measures and prints, round by round in turns. Fails if a start has failed.
 pub fn run(arguments: &[String]) -> Result<()> {
-    let (rounds, counts) = parse(arguments)?;
+    let Order { rounds, counts, kinds } = parse(arguments)?;
     let parts = Parts::find();
     // Once each, uncounted.
-    for kind in Kind::ALL {
-        prepare(&parts, kind)?;
-        round(kind, 1, &mut Figures::default())?;
+    for kind in &kinds {
+        prepare(&parts, *kind)?;
+        crate::run(kind.runtime())?;
     }
     let mut rows = vec![head()];
     let mut failed = 0;
     for count in counts {
-        let mut all = Kind::ALL.map(|kind| (kind, Figures::default()));
+        let mut all: Vec<_> = kinds.iter().map(|kind| (*kind, Figures::default())).collect();
         for _ in 0..rounds {
             for (kind, figures) in &mut all {
                 prepare(&parts, *kind)?;
                 round(*kind, count, figures)?;
             }
         }
-        let anchor = median(all[0].1.walls.iter().copied());
+        let anchor = all.iter().find(|(kind, _)| *kind == Kind::Runc);
+        let anchor = anchor.map(|(_, figures)| median(figures.walls.iter().copied()));
         rows.extend(all.iter().map(|(kind, figures)| row(*kind, count, figures, anchor)));
         failed += all.iter().map(|(_, figures)| figures.failed).sum::<usize>();
         eprintln!("{count} at once: done");
     }
     println!("### So many `ctr run --detach` at once, medians of {rounds} rounds in turns\n");
     println!("{}", markdown(&rows));
-    inlay(&parts, &["template", "remove", TEMPLATE])?;
+    if kinds.contains(&Kind::Restored) {
+        inlay(&parts, &["template", "remove", TEMPLATE])?;
+    }
     ensure!(failed == 0, "{failed} starts have failed");
     Ok(())
 }
 
-fn parse(arguments: &[String]) -> Result<(usize, Vec<usize>)> {
-    let (mut rounds, mut counts) = (DEFAULT_ROUNDS, Vec::new());
+fn parse(arguments: &[String]) -> Result<Order> {
+    let mut order = Order { rounds: DEFAULT_ROUNDS, counts: Vec::new(), kinds: Vec::new() };
+    let number = |text: &str| text.parse::<NonZeroUsize>().with_context(|| format!("{text} is no number above 0"));
     let mut arguments = arguments.iter();
     while let Some(argument) = arguments.next() {
-        let (text, is_rounds) = match argument.as_str() {
-            "--rounds" => (arguments.next().context("--rounds needs a number")?, true),
-            _ => (argument, false),
-        };
-        let number = text.parse().with_context(|| format!("{text} is no number"))?;
-        ensure!(number > 0, "There is nothing to be learned from 0");
-        if is_rounds { rounds = number } else { counts.push(number) }
+        let mut value = || arguments.next().with_context(|| format!("{argument} needs a value"));
+        match argument.as_str() {
+            "--rounds" => order.rounds = number(value()?)?.get(),
+            "--only" => order.kinds.push(Kind::of(value()?)?),
+            count => order.counts.push(number(count)?.get()),
+        }
     }
-    Ok((rounds, if counts.is_empty() { DEFAULT_COUNTS.to_vec() } else { counts }))
+    if order.counts.is_empty() {
+        order.counts = DEFAULT_COUNTS.to_vec();
+    }
+    if order.kinds.is_empty() {
+        order.kinds = Kind::ALL.to_vec();
+    }
+    Ok(order)
 }
 
 /// The configuration of this kind, and its template.
@@ -149,7 +175,7 @@ fn inlay(parts: &Parts, arguments: &[&str]) -> Result<()> {
     Ok(())
 }
 
-fn trace() -> std::path::PathBuf {
+fn trace() -> PathBuf {
     Path::new(HOME).join("trace.jsonl")
 }
 
@@ -159,7 +185,7 @@ fn head() -> Vec<String> {
         .to_vec()
 }
 
-fn row(kind: Kind, count: usize, figures: &Figures, anchor: Duration) -> Vec<String> {
+fn row(kind: Kind, count: usize, figures: &Figures, anchor: Option<Duration>) -> Vec<String> {
     let middle = median(figures.walls.iter().copied());
     let of_starts = |time: fn(&Start) -> Duration| match figures.starts.as_slice() {
         [] => String::new(),
@@ -172,7 +198,7 @@ fn row(kind: Kind, count: usize, figures: &Figures, anchor: Duration) -> Vec<Str
         milliseconds(middle),
         milliseconds(figures.walls.iter().min().copied().unwrap_or_default()),
         milliseconds(figures.walls.iter().max().copied().unwrap_or_default()),
-        format!("{:.2}", middle.as_secs_f64() / anchor.as_secs_f64()),
+        anchor.map_or_else(String::new, |anchor| format!("{:.2}", middle.as_secs_f64() / anchor.as_secs_f64())),
         of_starts(Start::to_agent),
         of_starts(Start::to_output),
         milliseconds(median(figures.removals.iter().copied())),
