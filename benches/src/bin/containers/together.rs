@@ -142,9 +142,9 @@ fn round(kind: Kind, count: usize, figures: &mut Figures) -> Result<()> {
         ctr(&["run", "--detach", "--runtime", kind.runtime().name(), images::BUSYBOX, id, "sh", "-c", script])
     })?;
     figures.walls.push(begun.elapsed());
-    for output in started.iter().filter(|output| !output.status.success()) {
+    for (id, output) in ids.iter().zip(&started).filter(|(_, output)| !output.status.success()) {
         figures.failed += 1;
-        eprintln!("{} failed: {}", kind.name(), String::from_utf8_lossy(&output.stderr).trim());
+        eprintln!("{} failed: {}\n{}", kind.name(), String::from_utf8_lossy(&output.stderr).trim(), log_of(id)?);
     }
     let begun = Instant::now();
     all(&ids, |id| ctr(&["task", "delete", "--force", id]))?;
@@ -173,6 +173,15 @@ fn inlay(parts: &Parts, arguments: &[&str]) -> Result<()> {
     let output = Command::new(&parts.shim).args(arguments).output().context("Cannot run inlay")?;
     ensure!(output.status.success(), "inlay {arguments:?} has failed: {}", String::from_utf8_lossy(&output.stderr));
     Ok(())
+}
+
+/// What the sandbox has logged: why its machine has ended, if it has.
+fn log_of(id: &str) -> Result<String> {
+    let path = containerd().log();
+    let text = fs::read(&path).with_context(|| format!("Cannot read {}", path.display()))?;
+    let (text, mark) = (String::from_utf8_lossy(&text), format!("sandbox={id} "));
+    let lines = text.lines().filter(|line| line.contains(&mark) && !line.contains("level=debug"));
+    Ok(lines.collect::<Vec<_>>().join("\n"))
 }
 
 fn trace() -> PathBuf {
