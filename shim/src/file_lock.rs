@@ -2,11 +2,13 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
+
+use crate::lock::is_named;
 
 /// The right to what the file stands for. The kernel takes it from a process that ends.
 #[derive(Debug)]
@@ -28,7 +30,7 @@ impl FileLock {
                 Err((_, errno)) => return Err(errno.into()),
             };
             // Whoever had it has removed the file: the lock of a file without a name is nobody's.
-            if is_same(&file, path) {
+            if is_named(&file, path) {
                 return Ok(Some(Self { path: path.to_owned(), file }));
             }
         }
@@ -45,14 +47,6 @@ impl Drop for FileLock {
         // Before the lock goes: see `take`.
         let _ = fs::remove_file(&self.path);
     }
-}
-
-fn is_same(file: &File, path: &Path) -> bool {
-    let same = || {
-        let (ours, theirs) = (file.metadata()?, path.symlink_metadata()?);
-        Ok::<_, io::Error>((ours.dev(), ours.ino()) == (theirs.dev(), theirs.ino()))
-    };
-    same().unwrap_or(false)
 }
 
 #[cfg(test)]

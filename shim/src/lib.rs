@@ -48,6 +48,7 @@ mod resources;
 mod run_dir;
 mod sandbox;
 mod service;
+mod start_queue;
 mod template;
 
 pub use bootstrap::main as shim;

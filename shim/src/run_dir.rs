@@ -4,6 +4,7 @@
 //! /run/inlay/s/<hash>                       the shim's ttrpc socket
 //! /run/inlay/templates/<name>/              machines that sandboxes are restored from
 //! /run/inlay/pool/<template>-<n>/           a sandbox that nobody has asked for yet; see `pool`
+//! /run/inlay/starts/                        which sandboxes start, and which wait for that
 //! /run/inlay/sandboxes/<sandbox>/state.json what `delete` needs when the process is gone
 //! /run/inlay/sandboxes/<sandbox>/metrics    the socket for metrics, from the end of the start on
 //! /run/inlay/sandboxes/<sandbox>/layout/    directories of the share, writable by the shim alone
@@ -51,6 +52,11 @@ impl RunDir {
     /// The directory with one entry for each sandbox that waits to be asked for.
     pub fn pool(&self) -> PathBuf {
         self.root.join("pool")
+    }
+
+    /// The directory of the queue of starts.
+    pub fn starts(&self) -> PathBuf {
+        self.root.join("starts")
     }
 
     /// The directory of one sandbox.

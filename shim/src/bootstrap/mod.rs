@@ -14,7 +14,7 @@ use std::process::ExitCode;
 use flags::{Action, Flags};
 
 pub use process::ProcessIdentity;
-pub use serve::{ServeError, Service, divided, in_runtime, serve_until_told};
+pub use serve::{ServeError, Service, divided, in_runtime, raise_file_limit, serve_until_told};
 
 /// Runs the verb that the command line names. Errors go to stderr, which containerd shows.
 pub fn main() -> ExitCode {

@@ -118,7 +118,7 @@ pub fn divided<T: Send + 'static>(
 }
 
 /// Every file that a guest has open or remembers is a descriptor here.
-fn raise_file_limit() {
+pub fn raise_file_limit() {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
     let raised =
         getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));

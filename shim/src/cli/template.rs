@@ -12,7 +12,7 @@ use seccomp::Confinement;
 use tracing_subscriber::filter::LevelFilter;
 use vmm::snapshot::MEMORY;
 
-use crate::bootstrap::with_causes;
+use crate::bootstrap::{raise_file_limit, with_causes};
 use crate::config::Config;
 use crate::ids::Id;
 use crate::log;
@@ -102,6 +102,7 @@ fn try_run(verb: Verb, config_path: Option<&Path>) -> Result<(), Box<dyn Error>>
 /// waits in another one.
 fn make(store: &Store, name: &Id, config: &Config, when: When) -> Result<(), Box<dyn Error>> {
     log::init(None, config.runtime.log_level.min(LevelFilter::WARN));
+    raise_file_limit();
     if config.runtime.confinement == Confinement::On {
         seccomp::confine_machine()?;
     }

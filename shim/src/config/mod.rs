@@ -30,6 +30,10 @@ const DEFAULT_BOOT_DEADLINE: Duration = Duration::from_secs(60);
 const DEFAULT_CREATE_DEADLINE: Duration = Duration::from_secs(60);
 /// Most sandboxes that wait to be asked for: each is a process, a KVM machine, and some 8 MiB of memory.
 const MAX_POOL: u32 = 64;
+/// Half of the two minutes that the kubelet gives a request.
+const DEFAULT_QUEUE_DEADLINE: Duration = Duration::from_secs(60);
+/// The start that is next watches a descriptor for each that is under way; a process has 1024 where nobody says more.
+const MAX_SIMULTANEOUS_STARTS: i64 = 512;
 
 /// Everything the shim takes from outside about how sandboxes are to be run.
 #[derive(Debug, Clone, PartialEq)]
@@ -97,6 +101,10 @@ pub struct Runtime {
     pub confinement: Confinement,
     /// File to which each start appends its times T0..T6 as one JSON line: `trace_file`.
     pub trace_file: Option<PathBuf>,
+    /// How many sandboxes of the node may be starting at a time, `None` for any number: `simultaneous_starts`.
+    pub simultaneous_starts: Option<NonZeroU32>,
+    /// Longest time that a start waits for its turn: `start_queue_deadline_ms`.
+    pub queue_deadline: Duration,
 }
 
 /// Sandboxes that are restored from a template instead of being booted.
@@ -197,6 +205,8 @@ impl Default for Config {
                 disable_guest_seccomp: false,
                 confinement: Confinement::On,
                 trace_file: None,
+                simultaneous_starts: None,
+                queue_deadline: DEFAULT_QUEUE_DEADLINE,
             },
             factory: Factory::default(),
         }
@@ -325,6 +335,12 @@ impl Runtime {
         self.confinement = if unconfined { Confinement::Off } else { Confinement::On };
         if let Some(path) = section.text("trace_file")?.filter(|path| !path.is_empty()) {
             self.trace_file = Some(path.into());
+        }
+        let starts =
+            section.integer("simultaneous_starts", 0..=MAX_SIMULTANEOUS_STARTS, "0, for any number, to 512")?;
+        self.simultaneous_starts = starts.and_then(|starts| NonZeroU32::new(u32::try_from(starts).ok()?));
+        if let Some(milliseconds) = section.positive("start_queue_deadline_ms", "a number of milliseconds")? {
+            self.queue_deadline = Duration::from_millis(milliseconds);
         }
         Ok(())
     }

@@ -126,7 +126,15 @@ pub const AGENT: Keys = Keys {
 
 /// `[runtime]`.
 pub const RUNTIME: Keys = Keys {
-    used: &["enable_debug", "log_level", "disable_guest_seccomp", "disable_seccomp", "trace_file"],
+    used: &[
+        "enable_debug",
+        "log_level",
+        "disable_guest_seccomp",
+        "disable_seccomp",
+        "trace_file",
+        "simultaneous_starts",
+        "start_queue_deadline_ms",
+    ],
     idle: &[
         "name",
         "hypervisor_name",

@@ -46,6 +46,8 @@ fn a_file_of_our_own_sets_everything() {
         disable_guest_seccomp = true
         disable_seccomp = true
         trace_file = "/run/inlay/trace.jsonl"
+        simultaneous_starts = 8
+        start_queue_deadline_ms = 5000
         [factory]
         enable_template = true
         template_path = "/t"
@@ -66,6 +68,8 @@ fn a_file_of_our_own_sets_everything() {
     assert_eq!(config.runtime.confinement, vmm::Confinement::Off);
     assert_eq!(config.runtime.log_level, LevelFilter::WARN);
     assert_eq!(config.runtime.trace_file.as_deref(), Some(Path::new("/run/inlay/trace.jsonl")));
+    assert_eq!(config.runtime.simultaneous_starts, NonZeroU32::new(8));
+    assert_eq!(config.runtime.queue_deadline, Duration::from_secs(5));
     assert_eq!(
         config.factory,
         Factory { enabled: true, path: Some("/t".into()), wait: true, memory: TemplateMemory::Lazy, pool_size: 0 }
@@ -156,6 +160,13 @@ fn limits_of_memory_and_cpus_hold() {
     };
     assert_eq!(vcpus(0).unwrap(), 1);
     assert_eq!(vcpus(255).unwrap(), 255);
+    let starts = |count: i64| {
+        let text = format!("[runtime]\nsimultaneous_starts = {count}");
+        Config::parse(&text, Path::new("t")).map(|(config, _)| config.runtime.simultaneous_starts)
+    };
+    assert_eq!(starts(0).unwrap(), None);
+    assert_eq!(starts(MAX_SIMULTANEOUS_STARTS).unwrap(), NonZeroU32::new(512));
+    assert!(starts(-1).is_err() && starts(MAX_SIMULTANEOUS_STARTS + 1).is_err());
     assert!(vcpus(256).is_err());
     assert_eq!(vcpus(-1).unwrap(), host_cpus().get());
 }

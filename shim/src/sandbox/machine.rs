@@ -20,6 +20,9 @@ const FS_REQUEST_QUEUES: u16 = 1;
 const FS_QUEUE_SIZE: u16 = 128;
 /// One thread for what waits for a disk, and one for data.
 const FS_WORKERS: u16 = 2;
+/// The kernel makes no dummy interface by itself: nobody asked for it, and its random address would be the same in all
+/// clones of a template. Programs can still make some.
+const NO_DUMMIES: &str = "dummy.numdummies=0";
 
 /// What a sandbox's machine is made of.
 pub fn machine_config(sandbox: &Id, config: &Config, shared: &Path, socket: &Path) -> MachineConfig {
@@ -58,7 +61,7 @@ pub fn machine_config(sandbox: &Id, config: &Config, shared: &Path, socket: &Pat
 
 /// The kernel's command line: the machine's own words, the agent's, then what the operator added.
 pub fn command_line(config: &Config) -> String {
-    let mut words = vec![BASE_CMDLINE.to_owned()];
+    let mut words = vec![BASE_CMDLINE.to_owned(), NO_DUMMIES.to_owned()];
     if config.runtime.log_level < LevelFilter::DEBUG {
         // Every line on the serial console costs the guest an exit for each byte.
         words.push("quiet".to_owned());
@@ -100,7 +103,10 @@ mod tests {
         config.agent.debug_console = true;
         config.hypervisor.kernel_params = "a=b c".to_owned();
         config.runtime.log_level = LevelFilter::DEBUG;
-        assert_eq!(command_line(&config), format!("{BASE_CMDLINE} agent.log=debug agent.debug_console a=b c"));
+        assert_eq!(
+            command_line(&config),
+            format!("{BASE_CMDLINE} {NO_DUMMIES} agent.log=debug agent.debug_console a=b c")
+        );
     }
 
     #[test]

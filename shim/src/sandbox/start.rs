@@ -32,6 +32,7 @@ use crate::resources::cgroup::{CgroupPath, MadeDirectories, Placement};
 use crate::resources::share::{GUEST_SHARE, TAG};
 use crate::resources::volumes::GUEST_SHM;
 use crate::run_dir::RunDir;
+use crate::start_queue::{self, QueueError};
 use crate::template::{self, Plan, Store};
 
 /// Shortest time between two reports that a container ran out of memory.
@@ -62,6 +63,9 @@ pub struct SandboxRequest {
 /// Why a sandbox was not started: the stage that failed, and its cause.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
+    /// Too many others start.
+    #[error("Cannot have a turn in the queue of starts")]
+    Queue(#[from] QueueError),
     /// The directory for its state.
     #[error("Cannot make the sandbox's directory")]
     Directory(#[from] PersistError),
@@ -131,6 +135,10 @@ impl Sandbox {
         events: Arc<Publisher>,
         spare: Option<Spare>,
     ) -> Result<Arc<Self>, StartError> {
+        let turn = match config.runtime.simultaneous_starts {
+            Some(most) => Some(start_queue::turn(run_dir, most, config.runtime.queue_deadline).await?),
+            None => None,
+        };
         // A process that has, or had, a spare is confined.
         let confined = spare.is_some();
         let spare = spare.and_then(|spare| spare.if_made_for(&config));
@@ -166,9 +174,15 @@ impl Sandbox {
             confine(config.runtime.confinement)?;
         }
         let (guest, restored) = bring_up(&request.id, &config, &resources, plan, run_dir, &host).await?;
+        // What is left to do takes the guest's time more than the host's.
+        drop(turn);
         let sandbox_request = sandbox_request(&request.id, request.hostname);
-        let set_clock = async { if restored { identity::set_clock(&guest.agent).await } else { Ok(()) } };
-        if let Err(error) = tokio::try_join!(guest.agent.create_sandbox(&sandbox_request), set_clock) {
+        let set_up = async {
+            guest.agent.create_sandbox(&sandbox_request).await?;
+            // When the guest has nothing else to do, so that it looks at once.
+            if restored { identity::set_clock(&guest.agent).await } else { Ok(()) }
+        };
+        if let Err(error) = set_up.await {
             super::guest::console(guest.machine());
             guest.stop().await;
             return Err(StartError::Agent(error));
@@ -245,7 +259,7 @@ async fn bring_up(
         Ok(guest) => return Ok((guest, true)),
         Err(error) => error,
     };
-    tracing::warn!("The sandbox boots: {}", with_causes(&error));
+    tracing::warn!("The template is not used: {}", with_causes(&error));
     if let (Some(template), BootError::Restore(error)) = (template, &error)
         && is_hopeless(error)
     {

@@ -67,8 +67,9 @@ pub async fn plan(
         Err(error) => error,
     };
     match &unusable {
-        TemplateError::Missing(_) => tracing::info!("{unusable}: it is made now"),
-        _ => tracing::warn!("The sandbox boots: {}", with_causes(&unusable)),
+        // The first one, or the first after it was removed.
+        TemplateError::Missing(_) => tracing::info!("{unusable} yet"),
+        _ => tracing::warn!("The template is not used: {}", with_causes(&unusable)),
     }
     if !may_make || !unusable.is_curable() {
         return Ok(Plan::Boot);
@@ -98,7 +99,7 @@ pub async fn plan(
     Ok(match main.run(look).await? {
         Ok(template) => Plan::Restore(Arc::new(template)),
         Err(error) => {
-            tracing::warn!("The sandbox boots: {}", with_causes(&error));
+            tracing::warn!("The template is not used: {}", with_causes(&error));
             Plan::Boot
         }
     })

@@ -3,7 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use vmm::WorkingSet;
@@ -13,6 +13,7 @@ use super::record::{Files, Record};
 use super::{Store, TemplateError, file_error};
 use crate::config::Config;
 use crate::ids::Id;
+use crate::lock::is_named;
 
 /// A template whose directory is open: it can be restored from even when another one takes its name, or none.
 #[derive(Debug)]
@@ -25,11 +26,24 @@ impl Template {
     /// Opens the template `name`. Its files must be those that were saved; they are read only where they may not be.
     pub fn open(store: &Store, name: &Id) -> Result<Self, TemplateError> {
         let path = store.path(name);
-        let opened = OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW).open(&path);
-        let directory = match opened {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(TemplateError::Missing(name.clone())),
-            opened => opened.map_err(file_error("open", &path))?,
-        };
+        loop {
+            let opened = OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW).open(&path);
+            let directory = match opened {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    return Err(TemplateError::Missing(name.clone()));
+                }
+                opened => opened.map_err(file_error("open", &path))?,
+            };
+            let seen = directory.try_clone().map_err(file_error("open", &path))?;
+            match Self::read(name, directory) {
+                // It has lost its name meanwhile, and is taken apart: that is not what is wrong with it.
+                Err(_) if !is_named(&seen, &path) => {}
+                read => return read,
+            }
+        }
+    }
+
+    fn read(name: &Id, directory: File) -> Result<Self, TemplateError> {
         let record = Record::read(name, &through(&directory))?;
         let template = Self { directory, record };
         template.check_files(name)?;
@@ -79,11 +93,7 @@ impl Template {
 
     /// Whether `path` is this template still.
     pub fn is_at(&self, path: &Path) -> bool {
-        let same = || {
-            let (ours, theirs) = (self.directory.metadata()?, path.symlink_metadata()?);
-            Ok::<_, io::Error>((ours.dev(), ours.ino()) == (theirs.dev(), theirs.ino()))
-        };
-        same().unwrap_or(false)
+        is_named(&self.directory, path)
     }
 
     /// A file that nobody has written to since it was saved need not be read. One that was, or that was copied, is
@@ -109,4 +119,67 @@ impl Template {
 /// The way through an open directory: no renaming leads elsewhere.
 fn through(directory: &File) -> PathBuf {
     format!("/proc/self/fd/{}", directory.as_raw_fd()).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::thread;
+
+    use vmm::snapshot::{MANIFEST, MEMORY, STATE};
+
+    use super::*;
+    use crate::run_dir::RunDir;
+    use crate::template::key::Images;
+
+    fn publish(store: &Store, config: &Config, name: &Id, mark: usize) {
+        let lock = store.lock(name, true).unwrap().unwrap();
+        let draft = store.draft(name, &lock).unwrap();
+        for file in [MEMORY, STATE, MANIFEST] {
+            fs::write(draft.path().join(file), mark.to_string()).unwrap();
+        }
+        let (key, images, files) =
+            (Key::of(config, name), Images::read(config).unwrap(), Files::look(draft.path()).unwrap());
+        let record = Record { name: name.clone(), made: 0, mark: mark.to_string(), key, images, files };
+        record.write(draft.path()).unwrap();
+        store.publish(name, draft, &lock).unwrap();
+    }
+
+    #[test]
+    fn a_hundred_starts_find_a_whole_template_while_it_is_rebuilt_all_the_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let image = dir.path().join("image");
+        fs::write(&image, "image").unwrap();
+        let mut config = Config::default();
+        (config.hypervisor.kernel, config.hypervisor.initrd) = (image.clone(), image);
+        let store = Store::new(&config, &RunDir::at(dir.path().join("run")));
+        let name = Id::try_from("t").unwrap();
+        publish(&store, &config, &name, 0);
+        let done = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let rebuilding = scope.spawn(|| {
+                let mut rebuilt = 0;
+                while !done.load(Ordering::Relaxed) {
+                    rebuilt += 1;
+                    publish(&store, &config, &name, rebuilt);
+                }
+                rebuilt
+            });
+            let starts: Vec<_> = (0..100)
+                .map(|_| {
+                    scope.spawn(|| {
+                        let template = Template::open(&store, &name).unwrap();
+                        template.check(&config).unwrap();
+                    })
+                })
+                .collect();
+            let failed = starts.into_iter().filter_map(|start| start.join().err()).count();
+            done.store(true, Ordering::Relaxed);
+            assert!(rebuilding.join().unwrap() > 1);
+            assert_eq!(failed, 0);
+        });
+        store.remove(&name).unwrap();
+        assert!(matches!(Template::open(&store, &name), Err(TemplateError::Missing(_))));
+    }
 }

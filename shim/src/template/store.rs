@@ -95,10 +95,10 @@ impl Store {
     /// Removes the template `name`, and what was left by making it. Waits for whoever is making it.
     pub fn remove(&self, name: &Id) -> Result<(), TemplateError> {
         let Some(_lock) = self.lock(name, true)? else { return Ok(()) };
+        let noted = fs::remove_file(self.beside(name, "failed")).is_ok();
         let cleared = self.clear(name)?;
-        let _ = fs::remove_file(self.beside(name, "failed"));
         match self.take_away(name) {
-            Err(TemplateError::Missing(_)) if cleared => Ok(()),
+            Err(TemplateError::Missing(_)) if cleared || noted => Ok(()),
             removed => removed,
         }
     }
@@ -285,6 +285,10 @@ mod tests {
         store.remove(&name).unwrap();
         assert_eq!(entries(&store), [""; 0]);
         assert!(matches!(store.remove(&name), Err(TemplateError::Missing(_))));
+        // A note of a failure is all that there is.
+        store.note_failure(&name, "why");
+        store.remove(&name).unwrap();
+        assert_eq!(entries(&store), [""; 0]);
     }
 
     #[test]

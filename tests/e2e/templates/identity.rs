@@ -2,42 +2,110 @@
 
 use std::collections::HashMap;
 use std::env;
+use std::io::{BufRead, BufReader, Write};
+use std::process::Stdio;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use inlay_tests::harness::Scene;
+use inlay_tests::harness::{Scene, containerd};
+use inlay_tests::images;
 
-use super::{make, remove, take_starts, with_factory};
+use super::{make, remove, run_at_once, take_starts, with_factory};
 
-crate::for_inlay!(shares_nothing_random_with_another_clone);
+crate::for_inlay!(shares_nothing_random_with_another_clone, has_the_hosts_time);
 
 /// How many clones are compared; the variable asks for more.
-const CLONES: usize = 10;
+const CLONES: usize = 20;
 const VARIABLE: &str = "INLAY_CLONES";
+/// How many of them start at a time.
+const BATCH: usize = 5;
+/// What a clone says of itself. None has an interface that could have another's address, nor a machine id.
+const LOOK: &str = r#"
+    echo $(grep : /proc/net/dev | cut -d : -f 1) $(cat /etc/machine-id)
+    dmesg | grep 'inlay-agent: template' | tr -d '[]'
+    cut -d ' ' -f 1 /proc/uptime
+    cut -d ' ' -f 1 /proc/uptime
+    head -c 4096 /dev/urandom | od -An -v -tx1 | tr -d ' \n'; echo
+    cat /proc/sys/kernel/random/boot_id /proc/sys/kernel/random/uuid; hostname"#;
 /// What must not be shared, in hexadecimal digits: 32 bytes.
 const SHARED: usize = 64;
+/// The accuracy that is promised.
+const ACCURACY: Duration = Duration::from_millis(10);
 
 fn shares_nothing_random_with_another_clone(scene: &Scene) {
     let clones = env::var(VARIABLE).ok().and_then(|count| count.parse().ok()).unwrap_or(CLONES);
     with_factory(scene, "", "");
     make(scene);
     take_starts();
-    let script = "head -c 4096 /dev/urandom | od -An -v -tx1 | tr -d ' \\n'; echo; \
-                  cat /proc/sys/kernel/random/boot_id /proc/sys/kernel/random/uuid; hostname";
     let mut owner: HashMap<Vec<u8>, usize> = HashMap::new();
-    for clone in 0..clones {
-        let output = scene.run(&["sh", "-c", script]).ok().stdout;
-        let lines: Vec<&str> = output.lines().collect();
-        assert_eq!(lines.len(), 4, "{output}");
-        let random = lines[0].as_bytes();
-        assert_eq!(random.len(), 8192, "{output}");
-        let windows = random.windows(SHARED).step_by(2).map(<[u8]>::to_vec);
-        let names = lines[1..].iter().map(|line| line.as_bytes().to_vec());
-        for piece in windows.chain(names) {
-            let text = String::from_utf8_lossy(&piece).into_owned();
-            let other = *owner.entry(piece).or_insert(clone);
-            assert_eq!(other, clone, "clones {other} and {clone} share {text}");
+    for first in (0..clones).step_by(BATCH) {
+        let batch = BATCH.min(clones - first);
+        for (number, output) in run_at_once(scene, batch, &["sh", "-c", LOOK]).into_iter().enumerate() {
+            compare(&mut owner, first + number, &output);
         }
     }
     let starts = take_starts();
     assert!(starts.len() == clones && starts.iter().all(|start| start.restored), "{starts:?}");
     remove(scene);
+}
+
+/// Notes what is the clone's own, and fails if another one has the same.
+fn compare(owner: &mut HashMap<Vec<u8>, usize>, clone: usize, output: &str) {
+    let lines: Vec<&str> = output.lines().collect();
+    let [shared, saved, up, later, random, names @ ..] = lines.as_slice() else { panic!("{output}") };
+    assert_eq!(*shared, "lo", "another interface than the loopback device, or a machine id");
+    let [up, later] = [up, later].map(|seconds| seconds.parse::<f64>().unwrap());
+    // The kernel's log has the time at which the template was about to be saved.
+    let saved: f64 = saved.split_whitespace().next().unwrap().parse().unwrap();
+    assert!(saved <= up && up <= later, "time goes backwards: {saved} s when saved, then {up} s and {later} s");
+    assert!(random.len() == 8192 && names.len() == 3, "{output}");
+    let windows = random.as_bytes().windows(SHARED).step_by(2).map(<[u8]>::to_vec);
+    let names = names.iter().map(|name| name.as_bytes().to_vec());
+    for piece in windows.chain(names) {
+        let text = String::from_utf8_lossy(&piece).into_owned();
+        let other = *owner.entry(piece).or_insert(clone);
+        assert_eq!(other, clone, "clones {other} and {clone} share {text}");
+    }
+}
+
+/// The container is asked for the time again and again; the quickest answer tells most exactly.
+fn has_the_hosts_time(scene: &Scene) {
+    with_factory(scene, "", "");
+    make(scene);
+    let id = scene.id("clock");
+    let mut command = containerd().command();
+    command.args(["run", "--rm", "--runtime", scene.runtime.name(), images::BUSYBOX, &id]);
+    command.args(["sh", "-c", "while read x; do adjtimex; done"]).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let (mut input, mut answers) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()).lines());
+    let now = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    let mut best: Option<(Duration, f64)> = None;
+    for _ in 0..30 {
+        let asked = now();
+        input.write_all(b"x\n").unwrap();
+        let said = read_time(&mut answers);
+        let answered = now();
+        let taken = answered - asked;
+        let off = said - (asked + taken / 2).as_secs_f64();
+        if best.is_none_or(|(least, _)| taken < least) {
+            best = Some((taken, off));
+        }
+    }
+    drop(input);
+    assert!(child.wait().unwrap().success());
+    let (taken, off) = best.unwrap();
+    println!("the guest's clock is off by {:.1} ms, to within {:.1} ms", off * 1e3, taken.as_secs_f64() * 500.0);
+    let bound = ACCURACY + taken / 2;
+    assert!(off.abs() <= bound.as_secs_f64(), "off by {off} s, asked in {taken:?}");
+    remove(scene);
+}
+
+/// What busybox's `adjtimex` prints, in seconds since 1970.
+fn read_time(lines: &mut impl Iterator<Item = std::io::Result<String>>) -> f64 {
+    let mut number = |name: &str| {
+        let line = lines.by_ref().map(Result::unwrap).find(|line| line.contains(name)).expect("a line of adjtimex");
+        line.split_whitespace().last().unwrap().parse::<u32>().unwrap()
+    };
+    let (seconds, microseconds) = (number("time.tv_sec"), number("time.tv_usec"));
+    let _last = lines.find(|line| line.as_ref().is_ok_and(|line| line.contains("return value")));
+    f64::from(seconds) + f64::from(microseconds) / 1e6
 }

@@ -4,8 +4,9 @@ use std::fs;
 use std::path::Path;
 use std::process::Stdio;
 
-use inlay_tests::harness::Scene;
+use inlay_tests::harness::{HOME, Scene};
 use inlay_tests::images;
+use nix::mount::{MsFlags, mount, umount};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -14,7 +15,9 @@ use super::{NAME, make, mark, mark_seen_inside, remove, take_starts, wait_for_an
 crate::for_inlay!(
     boots_first_and_restores_from_then_on,
     restores_a_sandbox_that_works_as_a_booted_one,
+    keeps_clones_whose_template_is_removed,
     goes_on_where_a_killed_maker_stopped,
+    leaves_nothing_on_a_full_disk_and_boots,
     boots_where_no_template_can_be_kept,
 );
 
@@ -59,7 +62,27 @@ fn restores_a_sandbox_that_works_as_a_booted_one(scene: &Scene) {
     let starts = take_starts();
     assert!(starts.len() >= 2 && starts.iter().all(|start| start.restored), "{starts:?}");
     // The agent of a restored guest finds this shim's log again.
-    assert!(!scene.log().contains("The sandbox boots"), "{}", scene.log());
+    assert!(!scene.log().contains("The template is not used"), "{}", scene.log());
+    remove(scene);
+}
+
+fn keeps_clones_whose_template_is_removed(scene: &Scene) {
+    with_factory(scene, "", "");
+    let first = make(scene);
+    let id = scene.start(&["sh", "-c", "echo mine > /tmp/file; exec sleep 1000"]);
+    remove(scene);
+    // Pages that nobody has touched yet come from a file without a name.
+    let script =
+        "cat /tmp/file; dd if=/dev/zero of=/dev/shm/x bs=1M count=16 2>/dev/null; cksum < /dev/shm/x; dmesg | tail -1";
+    let output = scene.exec(&id, &["sh", "-c", script]).ok().stdout;
+    assert!(output.starts_with("mine\n"), "{output}");
+    // The next one boots, and has another template made.
+    take_starts();
+    scene.run(&["echo", "."]).ok();
+    assert_eq!(take_starts().iter().map(|start| start.restored).collect::<Vec<_>>(), [false]);
+    wait_for_another(scene, &first);
+    assert_eq!(scene.exec(&id, &["echo", "still here"]).ok().stdout, "still here\n");
+    scene.remove(&id);
     remove(scene);
 }
 
@@ -81,9 +104,27 @@ fn goes_on_where_a_killed_maker_stopped(scene: &Scene) {
     remove(scene);
 }
 
+fn leaves_nothing_on_a_full_disk_and_boots(scene: &Scene) {
+    let dir = Path::new(HOME).join("small");
+    fs::create_dir(&dir).unwrap();
+    mount(Some("tmpfs"), &dir, Some("tmpfs"), MsFlags::empty(), Some("size=4m")).unwrap();
+    with_factory(scene, "", &format!("template_path = \"{}\"", dir.display()));
+    let failed = scene.inlay(&["template", "create", NAME]).failed();
+    assert!(failed.stderr.contains("No space left on device"), "{failed:?}");
+    let left: Vec<_> = fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left, [".default.failed"]);
+    // A start says why there is none, and that it was tried a short time ago.
+    scene.run(&["true"]).ok();
+    let log = scene.log();
+    assert!(log.contains("No template is made, as this failed a short time ago"), "{log}");
+    remove(scene);
+    umount(&dir).unwrap();
+    fs::remove_dir(&dir).unwrap();
+}
+
 fn boots_where_no_template_can_be_kept(scene: &Scene) {
     with_factory(scene, "", "template_path = \"/proc/version/templates\"");
     scene.run(&["true"]).ok();
     let log = scene.log();
-    assert!(log.contains("The sandbox boots") && log.contains("/proc/version/templates"), "{log}");
+    assert!(log.contains("The template is not used") && log.contains("/proc/version/templates"), "{log}");
 }

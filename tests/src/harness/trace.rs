@@ -1,6 +1,7 @@
 //! The trace lines that the shim writes: the seven moments of each start.
 
 use std::fs;
+use std::ops::Range;
 use std::path::Path;
 use std::time::Duration;
 
@@ -57,6 +58,11 @@ impl Start {
     pub fn stages(&self) -> [Duration; 6] {
         let moments = [self.t0, self.t1, self.t2, self.t3.unwrap_or(self.t2), self.t4, self.t5, self.t6];
         std::array::from_fn(|n| between(moments[n], moments[n + 1]))
+    }
+
+    /// T1 to T4, in nanoseconds of the monotonic clock: the machine is there, and its agent has not answered yet.
+    pub fn coming_up(&self) -> Range<u64> {
+        self.t1..self.t4
     }
 
     /// T0 to T4: until the agent answers.

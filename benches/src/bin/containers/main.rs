@@ -3,7 +3,13 @@
 //!
 //! ```text
 //! containers [RUNS]
+//! containers together [--rounds N] [--only runc|cold|restored]... [COUNT ...]
 //! ```
+//!
+//! The second starts so many containers at once, 1, 10 and 100 if no count is given, and fails if one of them fails. A
+//! hundred sandboxes that boot take more memory than the nested host usually has: `nested-host run --memory 12G`.
+
+mod together;
 
 use std::fs;
 use std::path::Path;
@@ -18,9 +24,11 @@ use inlay_tests::images;
 const DEFAULT_RUNS: usize = 10;
 
 fn main() -> Result<()> {
-    let runs = match std::env::args().nth(1) {
-        Some(text) => text.parse().context("The number of runs is no number")?,
-        None => DEFAULT_RUNS,
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let runs = match arguments.as_slice() {
+        [] => DEFAULT_RUNS,
+        [word, rest @ ..] if word == "together" => return together::run(rest),
+        [text, ..] => text.parse().context("The number of runs is no number")?,
     };
     let parts = Parts::find();
     configure(&parts.configuration(""))?;

@@ -1,0 +1,215 @@
+//! Containers that are started at once: runc, sandboxes that boot, sandboxes that are restored from a template.
+
+use std::fs;
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use benches::table::{markdown, median, milliseconds};
+use inlay_tests::harness::trace::Start;
+use inlay_tests::harness::{HOME, HostState, Parts, Runtime, configure, containerd, unique};
+use inlay_tests::images;
+
+const DEFAULT_COUNTS: [usize; 3] = [1, 10, 100];
+const DEFAULT_ROUNDS: usize = 3;
+/// The template of the usual configuration file.
+const TEMPLATE: &str = "default";
+
+/// Where the guest comes from.
+#[derive(Clone, Copy, PartialEq)]
+enum Kind {
+    Runc,
+    Cold,
+    Restored,
+}
+
+impl Kind {
+    const ALL: [Self; 3] = [Self::Runc, Self::Cold, Self::Restored];
+
+    fn of(word: &str) -> Result<Self> {
+        match word {
+            "runc" => Ok(Self::Runc),
+            "cold" => Ok(Self::Cold),
+            "restored" => Ok(Self::Restored),
+            _ => bail!("{word} is none of runc, cold and restored"),
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Runc => "runc",
+            Self::Cold => "Inlay, booted",
+            Self::Restored => "Inlay, restored",
+        }
+    }
+
+    fn runtime(self) -> Runtime {
+        if self == Self::Runc { Runtime::Runc } else { Runtime::Inlay }
+    }
+}
+
+/// What so many starts at once have cost, over all rounds.
+#[derive(Default)]
+struct Figures {
+    walls: Vec<Duration>,
+    removals: Vec<Duration>,
+    starts: Vec<Start>,
+    failed: usize,
+}
+
+/// What the command line asks for.
+struct Order {
+    rounds: usize,
+    counts: Vec<usize>,
+    kinds: Vec<Kind>,
+}
+
+/// Measures and prints, round by round in turns. Fails if a start has failed.
+pub fn run(arguments: &[String]) -> Result<()> {
+    let Order { rounds, counts, kinds } = parse(arguments)?;
+    let parts = Parts::find();
+    // Once each, uncounted.
+    for kind in &kinds {
+        prepare(&parts, *kind)?;
+        crate::run(kind.runtime())?;
+    }
+    let mut rows = vec![head()];
+    let mut failed = 0;
+    for count in counts {
+        let mut all: Vec<_> = kinds.iter().map(|kind| (*kind, Figures::default())).collect();
+        for _ in 0..rounds {
+            for (kind, figures) in &mut all {
+                prepare(&parts, *kind)?;
+                round(*kind, count, figures)?;
+            }
+        }
+        let anchor = all.iter().find(|(kind, _)| *kind == Kind::Runc);
+        let anchor = anchor.map(|(_, figures)| median(figures.walls.iter().copied()));
+        rows.extend(all.iter().map(|(kind, figures)| row(*kind, count, figures, anchor)));
+        failed += all.iter().map(|(_, figures)| figures.failed).sum::<usize>();
+        eprintln!("{count} at once: done");
+    }
+    println!("### So many `ctr run --detach` at once, medians of {rounds} rounds in turns\n");
+    println!("{}", markdown(&rows));
+    if kinds.contains(&Kind::Restored) {
+        inlay(&parts, &["template", "remove", TEMPLATE])?;
+    }
+    ensure!(failed == 0, "{failed} starts have failed");
+    Ok(())
+}
+
+fn parse(arguments: &[String]) -> Result<Order> {
+    let mut order = Order { rounds: DEFAULT_ROUNDS, counts: Vec::new(), kinds: Vec::new() };
+    let number = |text: &str| text.parse::<NonZeroUsize>().with_context(|| format!("{text} is no number above 0"));
+    let mut arguments = arguments.iter();
+    while let Some(argument) = arguments.next() {
+        let mut value = || arguments.next().with_context(|| format!("{argument} needs a value"));
+        match argument.as_str() {
+            "--rounds" => order.rounds = number(value()?)?.get(),
+            "--only" => order.kinds.push(Kind::of(value()?)?),
+            count => order.counts.push(number(count)?.get()),
+        }
+    }
+    if order.counts.is_empty() {
+        order.counts = DEFAULT_COUNTS.to_vec();
+    }
+    if order.kinds.is_empty() {
+        order.kinds = Kind::ALL.to_vec();
+    }
+    Ok(order)
+}
+
+/// The configuration of this kind, and its template.
+fn prepare(parts: &Parts, kind: Kind) -> Result<()> {
+    let factory = format!("[factory]\nenable_template = {}\n", kind == Kind::Restored);
+    configure(&format!("{}\n{factory}", parts.configuration("")))?;
+    if kind == Kind::Restored {
+        inlay(parts, &["template", "create", TEMPLATE, "--if-needed"])?;
+    }
+    let _ = fs::remove_file(trace());
+    Ok(())
+}
+
+/// Starts so many at once, and removes them at once. Nothing may be left of them.
+fn round(kind: Kind, count: usize, figures: &mut Figures) -> Result<()> {
+    let before = HostState::take();
+    let ids: Vec<String> = (0..count).map(|_| unique("together")).collect();
+    let begun = Instant::now();
+    let started = all(&ids, |id| {
+        let script = "echo .; exec sleep 10000";
+        ctr(&["run", "--detach", "--runtime", kind.runtime().name(), images::BUSYBOX, id, "sh", "-c", script])
+    })?;
+    figures.walls.push(begun.elapsed());
+    for (id, output) in ids.iter().zip(&started).filter(|(_, output)| !output.status.success()) {
+        figures.failed += 1;
+        eprintln!("{} failed: {}\n{}", kind.name(), String::from_utf8_lossy(&output.stderr).trim(), log_of(id)?);
+    }
+    let begun = Instant::now();
+    all(&ids, |id| ctr(&["task", "delete", "--force", id]))?;
+    all(&ids, |id| ctr(&["container", "delete", id]))?;
+    figures.removals.push(begun.elapsed());
+    if kind != Kind::Runc {
+        figures.starts.extend(Start::read(&trace())?);
+    }
+    HostState::assert_settles(&before);
+    Ok(())
+}
+
+fn all(ids: &[String], command: impl Fn(&str) -> Command) -> Result<Vec<Output>> {
+    let children = ids.iter().map(|id| command(id).spawn().context("Cannot run ctr"));
+    let children = children.collect::<Result<Vec<_>>>()?;
+    children.into_iter().map(|child| child.wait_with_output().context("Cannot wait for ctr")).collect()
+}
+
+fn ctr(arguments: &[&str]) -> Command {
+    let mut command = containerd().command();
+    command.args(arguments).stdout(Stdio::null()).stderr(Stdio::piped());
+    command
+}
+
+fn inlay(parts: &Parts, arguments: &[&str]) -> Result<()> {
+    let output = Command::new(&parts.shim).args(arguments).output().context("Cannot run inlay")?;
+    ensure!(output.status.success(), "inlay {arguments:?} has failed: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(())
+}
+
+/// What the sandbox has logged: why its machine has ended, if it has.
+fn log_of(id: &str) -> Result<String> {
+    let path = containerd().log();
+    let text = fs::read(&path).with_context(|| format!("Cannot read {}", path.display()))?;
+    let (text, mark) = (String::from_utf8_lossy(&text), format!("sandbox={id} "));
+    let lines = text.lines().filter(|line| line.contains(&mark) && !line.contains("level=debug"));
+    Ok(lines.collect::<Vec<_>>().join("\n"))
+}
+
+fn trace() -> PathBuf {
+    Path::new(HOME).join("trace.jsonl")
+}
+
+fn head() -> Vec<String> {
+    ["at once", "", "failed", "all started", "least", "most", "over runc", "T0→T4", "T0→T6", "all removed"]
+        .map(String::from)
+        .to_vec()
+}
+
+fn row(kind: Kind, count: usize, figures: &Figures, anchor: Option<Duration>) -> Vec<String> {
+    let middle = median(figures.walls.iter().copied());
+    let of_starts = |time: fn(&Start) -> Duration| match figures.starts.as_slice() {
+        [] => String::new(),
+        starts => milliseconds(median(starts.iter().map(time))),
+    };
+    vec![
+        count.to_string(),
+        kind.name().to_owned(),
+        figures.failed.to_string(),
+        milliseconds(middle),
+        milliseconds(figures.walls.iter().min().copied().unwrap_or_default()),
+        milliseconds(figures.walls.iter().max().copied().unwrap_or_default()),
+        anchor.map_or_else(String::new, |anchor| format!("{:.2}", middle.as_secs_f64() / anchor.as_secs_f64())),
+        of_starts(Start::to_agent),
+        of_starts(Start::to_output),
+        milliseconds(median(figures.removals.iter().copied())),
+    ]
+}
