@@ -21,9 +21,6 @@ const ARCHITECTURE_AT: u32 = 4;
 const ARGUMENTS_AT: u32 = 16;
 const ARGUMENT_SIZE: u32 = 8;
 
-/// Ranges of calls that are compared one by one: more take longer than halving them, fewer make the program larger.
-const CHAIN: usize = 8;
-
 /// BPF_LD | BPF_W | BPF_ABS (linux/bpf_common.h), as all of these: a word of seccomp_data.
 pub const LOAD: u16 = 0x20;
 /// BPF_ALU | BPF_AND | BPF_K
@@ -130,13 +127,10 @@ fn ranges(answers: BTreeMap<u32, Answer>, otherwise: u32) -> Vec<(u32, Answer)> 
 
 /// Finds the range of the number that was loaded.
 fn search(ranges: &[(u32, Answer)]) -> Result<Vec<Step>, String> {
-    if let Some(steps) = chain(ranges) {
-        return Ok(steps);
-    }
     let (below, above) = ranges.split_at(ranges.len() / 2);
     match (below, above) {
-        ([], [(_, Answer::If(conditions))]) => check(conditions),
         ([], [(_, Answer::Always(fate))]) => Ok(vec![answer(*fate)]),
+        ([], [(_, Answer::If(conditions))]) => check(conditions),
         (below, [(first, _), ..]) => {
             let (below, above) = (search(below)?, search(above)?);
             let skip = below.len();
@@ -153,33 +147,6 @@ fn search(ranges: &[(u32, Answer)]) -> Result<Vec<Step>, String> {
         }
         (_, []) => Err("There is no call".into()),
     }
-}
-
-/// Compares with one range after the other, where there are few and no argument is looked at: they share their answers.
-fn chain(ranges: &[(u32, Answer)]) -> Option<Vec<Step>> {
-    if ranges.len() > CHAIN {
-        return None;
-    }
-    let fate = |(_, answer): &(u32, Answer)| match answer {
-        Answer::Always(fate) => Some(*fate),
-        Answer::If(_) => None,
-    };
-    let fates = ranges.iter().map(fate).collect::<Option<Vec<_>>>()?;
-    let mut answers: Vec<u32> = Vec::new();
-    for fate in &fates {
-        if !answers.contains(fate) {
-            answers.push(*fate);
-        }
-    }
-    let mut steps = Vec::new();
-    // From above: the first that the number reaches is its own. What reaches none is in the first range, whose answer follows.
-    for (left, ((first, _), fate)) in ranges.iter().zip(&fates).enumerate().skip(1).rev() {
-        let place = answers.iter().position(|answer| answer == fate)?;
-        let jt = u8::try_from(left - 1 + place).ok()?;
-        steps.push(Step { code: IF_AT_LEAST, jt, jf: 0, k: *first });
-    }
-    steps.extend(answers.into_iter().map(answer));
-    Some(steps)
 }
 
 /// Allows what meets one of the conditions, which are compared in the order of the files.

@@ -57,7 +57,7 @@ mod tests {
         // The kernel translates a program for each thread that comes under it: twice of these is a sign of a rule that
         // should be another.
         for (program, most) in
-            [(API, 256), (IO, 256), (VCPU, 256), (FS, 256), (UFFD, 128), (CEILING, 384), (HELPER, 128)]
+            [(API, 256), (IO, 256), (VCPU, 256), (FS, 320), (UFFD, 256), (CEILING, 640), (HELPER, 160)]
         {
             assert!((32..most).contains(&program.len()), "{} of {most}", program.len());
         }
