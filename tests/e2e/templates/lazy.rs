@@ -94,7 +94,7 @@ fn ends_with_the_reason_when_the_memory_file_is_cut(scene: &Scene) {
     scene.remove(&id);
     // The next start finds it out, and boots.
     assert_eq!(scene.run(&["echo", "."]).ok().stdout, ".\n");
-    assert!(scene.log().contains("The sandbox boots"), "{}", scene.log());
+    assert!(scene.log().contains("The template is not used"), "{}", scene.log());
     scene.wait_for("the template to be made anew", || scene.inlay(&["template", "verify", NAME]).status.success());
     remove(scene);
 }
