@@ -2,13 +2,11 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
-
-use crate::lock::is_named;
 
 /// The right to what the file stands for. The kernel takes it from a process that ends.
 #[derive(Debug)]
@@ -47,6 +45,15 @@ impl Drop for FileLock {
         // Before the lock goes: see `take`.
         let _ = fs::remove_file(&self.path);
     }
+}
+
+/// Whether `file` is what has the name `path`.
+pub fn is_named(file: &File, path: &Path) -> bool {
+    let same = || {
+        let (ours, theirs) = (file.metadata()?, path.symlink_metadata()?);
+        Ok::<_, io::Error>((ours.dev(), ours.ino()) == (theirs.dev(), theirs.ino()))
+    };
+    same().unwrap_or(false)
 }
 
 #[cfg(test)]

@@ -68,12 +68,12 @@ fn a_file_of_our_own_sets_everything() {
     assert_eq!(config.runtime.confinement, vmm::Confinement::Off);
     assert_eq!(config.runtime.log_level, LevelFilter::WARN);
     assert_eq!(config.runtime.trace_file.as_deref(), Some(Path::new("/run/inlay/trace.jsonl")));
-    assert_eq!(config.runtime.simultaneous_starts, NonZeroU32::new(8));
-    assert_eq!(config.runtime.queue_deadline, Duration::from_secs(5));
     assert_eq!(
         config.factory,
         Factory { enabled: true, path: Some("/t".into()), wait: true, memory: TemplateMemory::Lazy, pool_size: 0 }
     );
+    assert_eq!(config.runtime.simultaneous_starts, NonZeroU32::new(8));
+    assert_eq!(config.runtime.queue_deadline, Duration::from_secs(5));
 }
 
 #[test]

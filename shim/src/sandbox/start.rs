@@ -135,12 +135,13 @@ impl Sandbox {
         events: Arc<Publisher>,
         spare: Option<Spare>,
     ) -> Result<Arc<Self>, StartError> {
-        let turn = match config.runtime.simultaneous_starts {
-            Some(most) => Some(start_queue::turn(run_dir, most, config.runtime.queue_deadline).await?),
-            None => None,
-        };
         // A process that has, or had, a spare is confined.
         let confined = spare.is_some();
+        // It needs no turn: it is there. The queue's files are made before a process is confined.
+        let turn = match config.runtime.simultaneous_starts {
+            Some(most) if !confined => Some(start_queue::turn(run_dir, most, config.runtime.queue_deadline).await?),
+            _ => None,
+        };
         let spare = spare.and_then(|spare| spare.if_made_for(&config));
         let (dir, share, plan) = match spare {
             Some(spare) => {
@@ -259,7 +260,7 @@ async fn bring_up(
         Ok(guest) => return Ok((guest, true)),
         Err(error) => error,
     };
-    tracing::warn!("The template is not used: {}", with_causes(&error));
+    tracing::warn!("The sandbox boots: {}", with_causes(&error));
     if let (Some(template), BootError::Restore(error)) = (template, &error)
         && is_hopeless(error)
     {

@@ -29,7 +29,7 @@ use nix::unistd::mkfifo;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-use crate::lock::is_named;
+use crate::file_lock::is_named;
 use crate::readiness;
 use crate::run_dir::RunDir;
 

@@ -12,8 +12,8 @@ use super::key::Key;
 use super::record::{Files, Record};
 use super::{Store, TemplateError, file_error};
 use crate::config::Config;
+use crate::file_lock::is_named;
 use crate::ids::Id;
-use crate::lock::is_named;
 
 /// A template whose directory is open: it can be restored from even when another one takes its name, or none.
 #[derive(Debug)]

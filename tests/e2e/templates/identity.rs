@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use inlay_tests::harness::{Scene, containerd};
 use inlay_tests::images;
 
-use super::{make, remove, run_at_once, take_starts, with_factory};
+use super::{make, remove, run_at_once, with_factory};
 
 crate::for_inlay!(shares_nothing_random_with_another_clone, has_the_hosts_time);
 
@@ -35,7 +35,6 @@ fn shares_nothing_random_with_another_clone(scene: &Scene) {
     let clones = env::var(VARIABLE).ok().and_then(|count| count.parse().ok()).unwrap_or(CLONES);
     with_factory(scene, "", "");
     make(scene);
-    take_starts();
     let mut owner: HashMap<Vec<u8>, usize> = HashMap::new();
     for first in (0..clones).step_by(BATCH) {
         let batch = BATCH.min(clones - first);
@@ -43,8 +42,6 @@ fn shares_nothing_random_with_another_clone(scene: &Scene) {
             compare(&mut owner, first + number, &output);
         }
     }
-    let starts = take_starts();
-    assert!(starts.len() == clones && starts.iter().all(|start| start.restored), "{starts:?}");
     remove(scene);
 }
 
@@ -54,7 +51,7 @@ fn compare(owner: &mut HashMap<Vec<u8>, usize>, clone: usize, output: &str) {
     let [shared, saved, up, later, random, names @ ..] = lines.as_slice() else { panic!("{output}") };
     assert_eq!(*shared, "lo", "another interface than the loopback device, or a machine id");
     let [up, later] = [up, later].map(|seconds| seconds.parse::<f64>().unwrap());
-    // The kernel's log has the time at which the template was about to be saved.
+    // Only a guest that was restored has the line. It has the time at which the template was about to be saved.
     let saved: f64 = saved.split_whitespace().next().unwrap().parse().unwrap();
     assert!(saved <= up && up <= later, "time goes backwards: {saved} s when saved, then {up} s and {later} s");
     assert!(random.len() == 8192 && names.len() == 3, "{output}");

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use inlay_tests::harness::Scene;
 
-use super::{NAME, make, remove, take_starts, with_factory};
+use super::{NAME, make, remove, set_factory, take_starts, with_factory};
 use crate::metrics::{metrics, value_of};
 
 crate::for_inlay!(
@@ -40,7 +40,7 @@ fn restores_page_by_page_with_what_a_start_needs_ahead(scene: &Scene) {
     with_factory(scene, "", "");
     make(scene);
     assert!(scene.inlay(&["template", "show", NAME]).ok().stdout.contains("no start was recorded"));
-    with_factory(scene, "", LAZY);
+    set_factory(scene, "", LAZY);
     let id = scene.start(SLEEP);
     let (faults_without, ahead) = faults_and_prefetched(scene, &id);
     assert_eq!(ahead, 0.0);

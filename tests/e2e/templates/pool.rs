@@ -6,7 +6,7 @@ use inlay_tests::harness::Scene;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::{make, mark_seen_inside, remove, take_starts, with_factory};
+use super::{make, mark_seen_inside, remove, set_factory, take_starts, with_factory};
 
 crate::for_inlay!(
     gives_a_spare_to_a_start_and_fills_its_slot,
@@ -57,7 +57,7 @@ fn gives_no_spare_that_does_not_fit(scene: &Scene) {
     with_factory(scene, "", "pool_size = 1");
     make(scene);
     scene.inlay(&["pool", "fill"]).ok();
-    with_factory(scene, "default_memory = 200", "");
+    set_factory(scene, "default_memory = 200", "");
     take_starts();
     let total = scene.run(&["free", "-m"]).ok().stdout;
     let total = total.lines().find(|line| line.starts_with("Mem:")).unwrap().split_whitespace().nth(1).unwrap();
