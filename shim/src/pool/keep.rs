@@ -119,8 +119,6 @@ impl Keeper {
             _ = terminate.recv() => return Ok(()),
         };
         let Some((connection, claim, handed)) = claimed else { return Ok(()) };
-        // The slot is free before the claim is answered: whoever has it filled again finds it so.
-        drop((slot, listener, pressure, terminate));
         log::send_to(&claim.bundle);
         log::set_level(if claim.debug { LevelFilter::DEBUG } else { LevelFilter::INFO });
         log::set_sandbox(&claim.id);
@@ -134,7 +132,8 @@ impl Keeper {
             spare: Some(spare),
         };
         claim::answer(connection.as_fd(), &Ok(std::process::id())).map_err(KeepError::Slot)?;
-        drop(connection);
+        // By its lock a spare that does not answer is found and killed, so it goes after the answer.
+        drop((slot, connection, listener, pressure, terminate));
         Ok(serve_until_told(service, host).await?)
     }
 

@@ -152,6 +152,11 @@ impl Sandbox {
                 let path = request.config_path.as_deref();
                 let plan = template::plan(&config, path, run_dir, &host.main, !confined).await?;
                 let dir = SandboxDir::create(run_dir, &request.id)?;
+                if confined {
+                    // The helper knows of the spare's place alone.
+                    let adopted = host.helper.adopt(dir.path(), &request.bundles);
+                    adopted.map_err(|error| StartError::Share(error.into()))?;
+                }
                 let share = Share::make(Arc::clone(&host.helper), dir.path(), request.named);
                 (dir, share.map_err(StartError::Share)?, plan)
             }
