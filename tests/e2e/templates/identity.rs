@@ -14,10 +14,10 @@ use super::{make, remove, run_at_once, with_factory};
 crate::for_inlay!(shares_nothing_random_with_another_clone, has_the_hosts_time);
 
 /// How many clones are compared; the variable asks for more.
-const CLONES: usize = 8;
+const CLONES: usize = 20;
 const VARIABLE: &str = "INLAY_CLONES";
-/// How many of them start at a time: of several, some meet a triple fault in the nested host (docs/status.md).
-const BATCH: usize = 1;
+/// How many of them start at a time.
+const BATCH: usize = 5;
 /// What a clone says of itself. None has an interface that could have another's address, nor a machine id.
 const LOOK: &str = r#"
     echo $(grep : /proc/net/dev | cut -d : -f 1) $(cat /etc/machine-id)

@@ -21,7 +21,7 @@ crate::for_inlay!(
 );
 
 /// How many start at once. The nested host has two emulated processors: more is `containers --together`.
-const AT_ONCE: usize = 3;
+const AT_ONCE: usize = 10;
 /// Who creates and removes at the same time, and how often each does.
 const CREATORS: usize = 3;
 const ROUNDS: usize = 2;
