@@ -1,8 +1,10 @@
 //! Sandboxes that are restored before anybody asks for them.
 
+use std::fs;
 use std::path::Path;
 
-use inlay_tests::harness::Scene;
+use inlay_tests::harness::{HOME, Scene};
+use inlay_tests::images;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -12,6 +14,7 @@ crate::for_inlay!(
     gives_a_spare_to_a_start_and_fills_its_slot,
     goes_on_without_a_spare_that_was_killed,
     gives_no_spare_that_does_not_fit,
+    boots_what_a_container_asks_for_after_a_spare_was_claimed,
     ends_spares_with_their_template,
 );
 
@@ -59,9 +62,7 @@ fn gives_no_spare_that_does_not_fit(scene: &Scene) {
     scene.inlay(&["pool", "fill"]).ok();
     set_factory(scene, "default_memory = 200", "");
     take_starts();
-    let total = scene.run(&["free", "-m"]).ok().stdout;
-    let total = total.lines().find(|line| line.starts_with("Mem:")).unwrap().split_whitespace().nth(1).unwrap();
-    assert!(total.parse::<u32>().unwrap() < 200, "{total} MiB");
+    assert!(memory_inside(scene, &[]) < 200);
     assert_eq!(take_starts().iter().map(|start| start.restored).collect::<Vec<_>>(), [false]);
     scene.inlay(&["pool", "drain"]).ok();
     assert!(spares(scene).is_empty());
@@ -71,12 +72,35 @@ fn gives_no_spare_that_does_not_fit(scene: &Scene) {
     remove(scene);
 }
 
+/// Whoever claims a spare does not know yet that the container names another configuration file.
+fn boots_what_a_container_asks_for_after_a_spare_was_claimed(scene: &Scene) {
+    with_factory(scene, "", "pool_size = 1");
+    make(scene);
+    scene.inlay(&["pool", "fill"]).ok();
+    let other = Path::new(HOME).join("other.toml");
+    fs::write(&other, scene.parts.configuration("default_memory = 200")).unwrap();
+    take_starts();
+    assert!(memory_inside(scene, &["--runtime-config-path", other.to_str().unwrap()]) < 200);
+    assert_eq!(take_starts().iter().map(|start| start.restored).collect::<Vec<_>>(), [false]);
+    fs::remove_file(other).unwrap();
+    scene.wait_for("a full pool", || spares(scene).len() == 1);
+    remove(scene);
+}
+
 fn ends_spares_with_their_template(scene: &Scene) {
     with_factory(scene, "", "pool_size = 1");
     make(scene);
     scene.inlay(&["pool", "fill"]).ok();
     remove(scene);
     assert!(spares(scene).is_empty() && !Path::new("/run/inlay/pool").exists());
+}
+
+/// MiB of memory that a container's guest has.
+#[track_caller]
+fn memory_inside(scene: &Scene, options: &[&str]) -> u32 {
+    let table = scene.run_with(options, images::BUSYBOX, &["free", "-m"]).ok().stdout;
+    let line = table.lines().find(|line| line.starts_with("Mem:")).unwrap();
+    line.split_whitespace().nth(1).and_then(|total| total.parse().ok()).unwrap()
 }
 
 /// Processes of spares that can be claimed.
