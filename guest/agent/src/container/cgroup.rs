@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io::{self, Read, Seek};
 use std::os::fd::AsFd;
 use std::path::{Component, Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use libcgroups::common::{CgroupConfig, CgroupManager, ControllerOpt, create_cgroup_manager};
@@ -17,10 +18,13 @@ pub const MOUNT: &str = "/sys/fs/cgroup";
 /// How long the kernel may take to stop, thaw or empty a cgroup before that is an error.
 const DEADLINE: Duration = Duration::from_secs(10);
 
+/// Held while directories above a container's own come or go: containers that start and end beside each other share them.
+static PARENTS: Mutex<()> = Mutex::new(());
+
 /// A scheduler tick at 250 Hz, in milliseconds.
 const TICK: u8 = 4;
 
-/// The cgroup of a container, which exists from its creation to [`Cgroup::remove`].
+/// The cgroup of a container, which exists from [`Cgroup::make`] to [`Cgroup::remove`].
 #[derive(Debug, Clone)]
 pub struct Cgroup {
     id: String,
@@ -64,6 +68,13 @@ impl Cgroup {
         Path::new(MOUNT).join(self.relative.strip_prefix("/").unwrap_or(&self.relative))
     }
 
+    /// Makes its directory. libcontainer would make it as well, but fails where another container makes one above it
+    /// at the same time; from now on those are there, as none that is not empty is removed.
+    pub fn make(&self) -> io::Result<()> {
+        let _held = PARENTS.lock().unwrap_or_else(PoisonError::into_inner);
+        fs::create_dir_all(self.directory())
+    }
+
     /// Kills every process in it and below it.
     pub fn kill(&self) -> io::Result<()> {
         match fs::write(self.directory().join("cgroup.kill"), "1") {
@@ -100,6 +111,7 @@ impl Cgroup {
         self.kill()?;
         self.wait_for("populated", "0")?;
         self.remove_empty(&directory)?;
+        let _held = PARENTS.lock().unwrap_or_else(PoisonError::into_inner);
         for parent in directory.ancestors().skip(1) {
             if parent == Path::new(MOUNT) || fs::remove_dir(parent).is_err() {
                 break;

@@ -7,7 +7,7 @@ use std::path::Path;
 use agent_proto::agent;
 
 use super::launch::{Launched, launch};
-use super::{Container, Error, Phase, Process, bundle, cgroup, off_thread, plan, validate_id};
+use super::{Container, Error, Phase, Process, bundle, cgroup, failed, off_thread, plan, validate_id};
 use crate::helper;
 use crate::sandbox::{Sandbox, storage};
 use crate::stdio::{Ports, Prepared};
@@ -73,6 +73,8 @@ async fn make(
     let (ends, waiting) = Prepared::new(sandbox.connections(), ports, console, plan.process.user).await?.split();
     let cgroup = cgroup::Cgroup::new(&id, plan.cgroup);
     unfinished.cgroup = Some(cgroup.clone());
+    let made = cgroup.clone();
+    off_thread(move || made.make().map_err(failed("Making the container's cgroup"))).await?;
     let Launched { pid, exit, program } = launch(sandbox.reaper(), helper::CREATE, &plan.directory, "", ends).await?;
     let streams = waiting.attach(&exit, plan.process.size).await?;
     Ok(Container {
