@@ -18,13 +18,14 @@ pub const MOUNT: &str = "/sys/fs/cgroup";
 /// How long the kernel may take to stop, thaw or empty a cgroup before that is an error.
 const DEADLINE: Duration = Duration::from_secs(10);
 
-/// Held while directories above a container's own come or go: containers that start and end beside each other share them.
-static PARENTS: Mutex<()> = Mutex::new(());
+/// Containers in the making. Held while directories above a container's own come or go: those that start and end beside
+/// each other share them.
+static MAKING: Mutex<usize> = Mutex::new(0);
 
 /// A scheduler tick at 250 Hz, in milliseconds.
 const TICK: u8 = 4;
 
-/// The cgroup of a container, which exists from [`Cgroup::make`] to [`Cgroup::remove`].
+/// The cgroup of a container, which exists from its creation to [`Cgroup::remove`].
 #[derive(Debug, Clone)]
 pub struct Cgroup {
     id: String,
@@ -68,11 +69,13 @@ impl Cgroup {
         Path::new(MOUNT).join(self.relative.strip_prefix("/").unwrap_or(&self.relative))
     }
 
-    /// Makes its directory. libcontainer would make it as well, but fails where another container makes one above it
-    /// at the same time; from now on those are there, as none that is not empty is removed.
-    pub fn make(&self) -> io::Result<()> {
-        let _held = PARENTS.lock().unwrap_or_else(PoisonError::into_inner);
-        fs::create_dir_all(self.directory())
+    /// Makes the directories above its own, which stay at least as long as the answer. libcontainer makes the rest, and
+    /// would make these as well, but fails where another container makes one at the same time.
+    pub fn make_parents(&self) -> io::Result<Making> {
+        let mut making = MAKING.lock().unwrap_or_else(PoisonError::into_inner);
+        self.directory().parent().map_or(Ok(()), fs::create_dir_all)?;
+        *making += 1;
+        Ok(Making(()))
     }
 
     /// Kills every process in it and below it.
@@ -111,9 +114,10 @@ impl Cgroup {
         self.kill()?;
         self.wait_for("populated", "0")?;
         self.remove_empty(&directory)?;
-        let _held = PARENTS.lock().unwrap_or_else(PoisonError::into_inner);
+        let making = MAKING.lock().unwrap_or_else(PoisonError::into_inner);
         for parent in directory.ancestors().skip(1) {
-            if parent == Path::new(MOUNT) || fs::remove_dir(parent).is_err() {
+            // Whoever is in the making removes them in the end.
+            if *making > 0 || parent == Path::new(MOUNT) || fs::remove_dir(parent).is_err() {
                 break;
             }
         }
@@ -152,6 +156,16 @@ impl Cgroup {
             let mut descriptors = [PollFd::new(events.as_fd(), PollFlags::POLLPRI)];
             poll(&mut descriptors, PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX))?;
         }
+    }
+}
+
+/// A container in the making.
+#[derive(Debug)]
+pub struct Making(());
+
+impl Drop for Making {
+    fn drop(&mut self) {
+        *MAKING.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
     }
 }
 

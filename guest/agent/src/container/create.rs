@@ -73,8 +73,8 @@ async fn make(
     let (ends, waiting) = Prepared::new(sandbox.connections(), ports, console, plan.process.user).await?.split();
     let cgroup = cgroup::Cgroup::new(&id, plan.cgroup);
     unfinished.cgroup = Some(cgroup.clone());
-    let made = cgroup.clone();
-    off_thread(move || made.make().map_err(failed("Making the container's cgroup"))).await?;
+    let above = cgroup.clone();
+    let _making = off_thread(move || above.make_parents().map_err(failed("Making what is above the cgroup"))).await?;
     let Launched { pid, exit, program } = launch(sandbox.reaper(), helper::CREATE, &plan.directory, "", ends).await?;
     let streams = waiting.attach(&exit, plan.process.size).await?;
     Ok(Container {
