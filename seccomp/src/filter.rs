@@ -54,7 +54,7 @@ mod tests {
 
     #[test]
     fn programs_have_the_size_that_their_rules_make() {
-        // The kernel translates a program for each thread that comes under it: twice of these is a sign of a rule that
+        // The kernel translates a program for each thread that comes under it: more than these is a sign of a rule that
         // should be another.
         for (program, most) in
             [(API, 256), (IO, 384), (VCPU, 512), (FS, 256), (UFFD, 192), (CEILING, 1024), (HELPER, 96)]

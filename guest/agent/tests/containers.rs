@@ -59,7 +59,7 @@ async fn a_missing_entry_point_is_worded_as_users_know_it_and_leaves_nothing() {
     }
     wait_until("the attempts are gone", || agent.others().is_empty()).await;
     assert!(!agent.inside("/run/inlay/containers/c1").exists());
-    assert!(!agent.inside("/sys/fs/cgroup/inlay/c1").exists(), "{}", agent.logged().await);
+    assert!(!agent.inside("/sys/fs/cgroup/inlay").exists(), "{}", agent.logged().await);
 }
 
 #[tokio::test]
@@ -84,6 +84,7 @@ async fn what_cannot_be_honoured_is_refused_by_name() {
     request.OCI.mut_or_insert_default().Root.mut_or_insert_default().Path = "/nowhere".into();
     let (text, _) = refusal(agent.api.create_container(deadline(), &request).await);
     assert!(text.contains("/nowhere"), "{text}");
+    assert!(!agent.inside("/sys/fs/cgroup/inlay").exists(), "what is above the cgroup is left");
 
     let (text, code) = refusal(agent.api.get_metrics(deadline(), &agent::GetMetricsRequest::new()).await);
     assert_eq!((text.as_str(), code), ("GetMetrics is not implemented by this agent", ttrpc::Code::UNIMPLEMENTED));

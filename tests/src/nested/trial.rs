@@ -1,7 +1,7 @@
 //! A test binary in nested hosts: a host that fails under a test is replaced, and the new one goes
 //! on with that test. Tests that have ended, well or not, do not run twice, but for one reason: a guest
-//! that ended by a triple fault, which the emulated processor causes by itself now and then, gets one
-//! more try, which is named and counted.
+//! that ended by a triple fault, which the emulated processor caused by itself before its fourth
+//! correction (docs/nested-host.md), gets one more try, which is named and counted.
 
 use std::cell::RefCell;
 use std::io::{self, Write};

@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io::{self, Read, Seek};
 use std::os::fd::AsFd;
 use std::path::{Component, Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use libcgroups::common::{CgroupConfig, CgroupManager, ControllerOpt, create_cgroup_manager};
@@ -18,9 +18,9 @@ pub const MOUNT: &str = "/sys/fs/cgroup";
 /// How long the kernel may take to stop, thaw or empty a cgroup before that is an error.
 const DEADLINE: Duration = Duration::from_secs(10);
 
-/// Containers in the making. Held while directories above a container's own come or go: those that start and end beside
-/// each other share them.
-static MAKING: Mutex<usize> = Mutex::new(0);
+/// The directories of the containers in the making. Held while directories above a container's own come or go: those that
+/// start and end beside each other share them.
+static MAKING: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
 /// A scheduler tick at 250 Hz, in milliseconds.
 const TICK: u8 = 4;
@@ -72,10 +72,11 @@ impl Cgroup {
     /// Makes the directories above its own, which stay at least as long as the answer. libcontainer makes the rest, and
     /// would make these as well, but fails where another container makes one at the same time.
     pub fn make_parents(&self) -> io::Result<Making> {
-        let mut making = MAKING.lock().unwrap_or_else(PoisonError::into_inner);
-        self.directory().parent().map_or(Ok(()), fs::create_dir_all)?;
-        *making += 1;
-        Ok(Making(()))
+        let directory = self.directory();
+        let mut making = making();
+        directory.parent().map_or(Ok(()), fs::create_dir_all)?;
+        making.push(directory.clone());
+        Ok(Making(directory))
     }
 
     /// Kills every process in it and below it.
@@ -104,20 +105,20 @@ impl Cgroup {
             .map_err(|error| io::Error::other(crate::helper::chain(&error)))
     }
 
-    /// Kills what is left in it and removes it, its children and those of its parents that this leaves empty. Blocks
-    /// until the processes are gone.
+    /// Kills what is left in it and removes it, its children and those of its parents that this leaves empty, also where
+    /// no more than these has been made. Blocks until the processes are gone.
     pub fn remove(&self) -> io::Result<()> {
         let directory = self.directory();
-        if !directory.exists() {
-            return Ok(());
+        if directory.exists() {
+            self.kill()?;
+            self.wait_for("populated", "0")?;
+            self.remove_empty(&directory)?;
         }
-        self.kill()?;
-        self.wait_for("populated", "0")?;
-        self.remove_empty(&directory)?;
-        let making = MAKING.lock().unwrap_or_else(PoisonError::into_inner);
+        let making = making();
         for parent in directory.ancestors().skip(1) {
-            // Whoever is in the making removes them in the end.
-            if *making > 0 || parent == Path::new(MOUNT) || fs::remove_dir(parent).is_err() {
+            // Whoever is in the making below it removes it in the end.
+            let needed = making.iter().any(|other| other.starts_with(parent));
+            if needed || parent == Path::new(MOUNT) || fs::remove_dir(parent).is_err() {
                 break;
             }
         }
@@ -159,14 +160,21 @@ impl Cgroup {
     }
 }
 
-/// A container in the making.
+/// A container in the making, by its directory.
 #[derive(Debug)]
-pub struct Making(());
+pub struct Making(PathBuf);
 
 impl Drop for Making {
     fn drop(&mut self) {
-        *MAKING.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
+        let mut making = making();
+        if let Some(place) = making.iter().position(|directory| *directory == self.0) {
+            making.swap_remove(place);
+        }
     }
+}
+
+fn making() -> MutexGuard<'static, Vec<PathBuf>> {
+    MAKING.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Children first: a cgroup with children cannot be removed.
