@@ -1,10 +1,10 @@
 //! From rules to a BPF program as seccomp(2) takes it. Read by the build script, and by the tests of what it makes.
 //!
-//! seccompiler makes what looks at a call's arguments. It compares a call with one number after the other; here the number is
-//! found by halving: the kernel asks a program about every call that there is whenever a thread comes under it, which is most of
-//! what confining a thread takes.
+//! seccompiler makes what looks at bits of a call's arguments. It compares with one number after the other; here a call's number,
+//! and an argument that is one of a list, are found by halving. The kernel translates a program and asks it about every call that
+//! there is whenever a thread comes under it: its length is what confining a thread takes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use libc::{SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO, SECCOMP_RET_KILL_PROCESS, SECCOMP_RET_TRAP};
 use seccompiler::{
@@ -22,9 +22,11 @@ const X32: u32 = 0x4000_0000;
 /// Offsets in seccomp_data (linux/seccomp.h).
 const NUMBER_AT: u32 = 0;
 const ARCHITECTURE_AT: u32 = 4;
+const ARGUMENTS_AT: u32 = 16;
+const ARGUMENT_SIZE: u32 = 8;
 
-/// Ranges of calls that are compared one by one: more take longer than halving them, fewer make the program larger.
-const CHAIN: usize = 8;
+/// Ranges of numbers that are compared one by one: more take longer than halving them, fewer make the program larger.
+const CHAIN: usize = 24;
 
 /// BPF_LD | BPF_W | BPF_ABS (linux/bpf_common.h), as all of these: a word of seccomp_data.
 pub const LOAD: u16 = 0x20;
@@ -66,17 +68,17 @@ pub fn allowing(rules: &[Rule], constants: &Constants) -> Result<Vec<Step>, Stri
         }
     }
     answers.insert(number(Sysno::clone3)?, errno(libc::ENOSYS)?);
-    program(answers, SECCOMP_RET_TRAP)
+    program(&ranges(answers, SECCOMP_RET_TRAP))
 }
 
 /// The program that refuses what `rules` name with `code`, as well as all calls with short pointers, and allows the rest.
 pub fn refusing(rules: &[Rule], code: i32) -> Result<Vec<Step>, String> {
     let refused = errno(code)?;
     let calls = rules.iter().flat_map(|rule| &rule.calls);
-    let mut answers =
-        calls.map(|call| Ok((number(*call)?, refused.clone()))).collect::<Result<BTreeMap<_, _>, String>>()?;
-    answers.insert(X32, refused);
-    program(answers, SECCOMP_RET_ALLOW)
+    let answers = calls.map(|call| Ok((number(*call)?, refused.clone()))).collect::<Result<BTreeMap<_, _>, String>>()?;
+    let mut ranges = ranges(answers, SECCOMP_RET_ALLOW);
+    ranges.push((X32, refused));
+    program(&ranges)
 }
 
 fn number(call: Sysno) -> Result<u32, String> {
@@ -88,18 +90,18 @@ fn errno(code: i32) -> Result<Answer, String> {
     Ok(Answer::Always(SECCOMP_RET_ERRNO | code))
 }
 
-fn program(answers: BTreeMap<u32, Answer>, otherwise: u32) -> Result<Vec<Step>, String> {
+fn program(ranges: &[(u32, Answer)]) -> Result<Vec<Step>, String> {
     let mut steps = vec![
         load(ARCHITECTURE_AT),
         Step { code: IF_EQUAL, jt: 1, jf: 0, k: ARCHITECTURE },
         answer(SECCOMP_RET_KILL_PROCESS),
         load(NUMBER_AT),
     ];
-    steps.extend(search(&ranges(answers, otherwise))?);
+    steps.extend(search(ranges)?);
     Ok(steps)
 }
 
-/// The first number of each range of calls with the same answer, from 0 on without a gap.
+/// The first of each range of numbers with the same answer, from 0 on without a gap.
 fn ranges(answers: BTreeMap<u32, Answer>, otherwise: u32) -> Vec<(u32, Answer)> {
     let otherwise = Answer::Always(otherwise);
     let mut ranges = vec![(0, otherwise.clone())];
@@ -110,9 +112,8 @@ fn ranges(answers: BTreeMap<u32, Answer>, otherwise: u32) -> Vec<(u32, Answer)> 
         if ranges.last().is_none_or(|(_, before)| *before != answer) {
             ranges.push((number, answer));
         }
-        // All of the numbers with that bit have one answer.
-        if number < X32 {
-            ranges.push((number + 1, otherwise.clone()));
+        if let Some(next) = number.checked_add(1) {
+            ranges.push((next, otherwise.clone()));
         }
     }
     ranges
@@ -125,7 +126,10 @@ fn search(ranges: &[(u32, Answer)]) -> Result<Vec<Step>, String> {
     }
     let (below, above) = ranges.split_at(ranges.len() / 2);
     match (below, above) {
-        ([], [(first, Answer::If(conditions))]) => check(*first, conditions),
+        ([], [(first, Answer::If(conditions))]) => match list(conditions)? {
+            Some((argument, values)) => listed(argument, values),
+            None => check(*first, conditions),
+        },
         ([], [(_, Answer::Always(fate))]) => Ok(vec![answer(*fate)]),
         (below, [(first, _), ..]) => {
             let (below, above) = (search(below)?, search(above)?);
@@ -161,15 +165,55 @@ fn chain(ranges: &[(u32, Answer)]) -> Option<Vec<Step>> {
             answers.push(*fate);
         }
     }
+    // From above: the first test that a number passes is its own. What passes none is in the first range, whose answer follows.
+    let mut tests = Vec::new();
+    let mut rest = ranges;
+    while let [.., (first, _)] = rest {
+        let fate = |back: usize| fates.get(rest.len().checked_sub(back)?);
+        match rest {
+            // A number by itself, with the same answer on both sides.
+            [.., _, (single, _), _] if single + 1 == *first && fate(1) == fate(3) => {
+                tests.push((IF_EQUAL, *single, fate(2)?));
+                rest = rest.split_at(rest.len() - 2).0;
+            }
+            [_] => break,
+            _ => {
+                tests.push((IF_AT_LEAST, *first, fate(1)?));
+                rest = rest.split_at(rest.len() - 1).0;
+            }
+        }
+    }
     let mut steps = Vec::new();
-    // From above: the first that the number reaches is its own. What reaches none is in the first range, whose answer follows.
-    for (left, ((first, _), fate)) in ranges.iter().zip(&fates).enumerate().skip(1).rev() {
+    for (left, (code, number, fate)) in (0..tests.len()).rev().zip(tests) {
         let place = answers.iter().position(|answer| answer == fate)?;
-        let jt = u8::try_from(left - 1 + place).ok()?;
-        steps.push(Step { code: IF_AT_LEAST, jt, jf: 0, k: *first });
+        steps.push(Step { code, jt: u8::try_from(left + place).ok()?, jf: 0, k: number });
     }
     steps.extend(answers.into_iter().map(answer));
     Some(steps)
+}
+
+/// The argument that all conditions are about, and the values that one of them allows, if they are nothing but lists.
+fn list(conditions: &[Condition]) -> Result<Option<(u8, BTreeSet<u32>)>, String> {
+    let (mut about, mut all) = (None, BTreeSet::new());
+    for condition in conditions {
+        let Condition::OneOf { argument, values } = condition else { return Ok(None) };
+        if about.is_some_and(|about| about != *argument) {
+            return Ok(None);
+        }
+        about = Some(*argument);
+        for value in values {
+            all.insert(half(*value)?);
+        }
+    }
+    Ok(about.map(|argument| (argument, all)))
+}
+
+/// Allows what has one of `values` in the lower half of an argument, and traps the rest.
+fn listed(argument: u8, values: BTreeSet<u32>) -> Result<Vec<Step>, String> {
+    let allowed = values.into_iter().map(|value| (value, Answer::Always(SECCOMP_RET_ALLOW))).collect();
+    let mut steps = vec![load(ARGUMENTS_AT + ARGUMENT_SIZE * u32::from(argument))];
+    steps.extend(search(&ranges(allowed, SECCOMP_RET_TRAP))?);
+    Ok(steps)
 }
 
 /// Allows what meets one of the conditions, in the order of the files, and traps the rest.

@@ -32,7 +32,6 @@ use crate::resources::cgroup::{CgroupPath, MadeDirectories, Placement};
 use crate::resources::share::{GUEST_SHARE, TAG};
 use crate::resources::volumes::GUEST_SHM;
 use crate::run_dir::RunDir;
-use crate::start_queue::{self, QueueError};
 use crate::template::{self, Plan, Store};
 
 /// Shortest time between two reports that a container ran out of memory.
@@ -63,9 +62,6 @@ pub struct SandboxRequest {
 /// Why a sandbox was not started: the stage that failed, and its cause.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    /// Too many others start.
-    #[error("Cannot have a turn in the queue of starts")]
-    Queue(#[from] QueueError),
     /// The directory for its state.
     #[error("Cannot make the sandbox's directory")]
     Directory(#[from] PersistError),
@@ -137,11 +133,6 @@ impl Sandbox {
     ) -> Result<Arc<Self>, StartError> {
         // A process that has, or had, a spare is confined.
         let confined = spare.is_some();
-        // It needs no turn: it is there. The queue's files are made before a process is confined.
-        let turn = match config.runtime.simultaneous_starts {
-            Some(most) if !confined => Some(start_queue::turn(run_dir, most, config.runtime.queue_deadline).await?),
-            _ => None,
-        };
         let spare = spare.and_then(|spare| spare.if_made_for(&config));
         let (dir, share, plan) = match spare {
             Some(spare) => {
@@ -180,8 +171,6 @@ impl Sandbox {
             confine(config.runtime.confinement)?;
         }
         let (guest, restored) = bring_up(&request.id, &config, &resources, plan, run_dir, &host).await?;
-        // What is left to do takes the guest's time more than the host's.
-        drop(turn);
         let sandbox_request = sandbox_request(&request.id, request.hostname);
         let set_up = async {
             guest.agent.create_sandbox(&sandbox_request).await?;

@@ -21,6 +21,7 @@ use crate::oci::{self, Role};
 use crate::resources::cgroup::CgroupPath;
 use crate::resources::mount::Mount;
 use crate::sandbox::{ContainerRequest, Sandbox, SandboxRequest, reported_pid, trace};
+use crate::start_queue::{self, Turn};
 
 impl TaskService {
     /// Makes a container. When this fails, nothing of it is left, nor of a sandbox that was started for it.
@@ -57,7 +58,8 @@ impl TaskService {
         Ok(())
     }
 
-    /// Finds or starts the sandbox and makes the container in it.
+    /// Finds or starts the sandbox and makes the container in it. Where starts take turns, one lasts until its container
+    /// is there: making it takes as much of the host as the sandbox does.
     async fn create_in_sandbox(
         &self,
         role: &Role,
@@ -65,12 +67,13 @@ impl TaskService {
         request: &CreateTaskRequest,
         t0: u64,
     ) -> Result<(Arc<Sandbox>, Arc<Container>), ServiceError> {
-        let sandbox = match role {
+        let (sandbox, _turn) = match role {
             Role::Sandbox => self.start_sandbox(&container, request, t0).await?,
-            Role::Member { sandbox } => self
-                .sandbox()
-                .filter(|running| running.id == *sandbox)
-                .ok_or_else(|| ServiceError::NoSandbox { container: container.id.clone(), sandbox: sandbox.clone() })?,
+            Role::Member { sandbox } => {
+                let running = self.sandbox().filter(|running| running.id == *sandbox);
+                let missing = || ServiceError::NoSandbox { container: container.id.clone(), sandbox: sandbox.clone() };
+                (running.ok_or_else(missing)?, None)
+            }
         };
         match sandbox.create_container(container).await {
             Ok(container) => Ok((sandbox, container)),
@@ -89,7 +92,7 @@ impl TaskService {
         container: &ContainerRequest,
         request: &CreateTaskRequest,
         t0: u64,
-    ) -> Result<Arc<Sandbox>, ServiceError> {
+    ) -> Result<(Arc<Sandbox>, Option<Turn>), ServiceError> {
         let ContainerRequest { id, bundle, spec, rootfs, streams } = container;
         if let Some(running) = self.sandbox() {
             return Err(ServiceError::Occupied(running.id.clone()));
@@ -115,9 +118,16 @@ impl TaskService {
         };
         let (host, events) = (self.host.clone(), Arc::clone(&self.events));
         let spare = lock(&self.spare).take();
+        let turn = match config.runtime.simultaneous_starts {
+            // A spare needs none: its sandbox is there. And the queue's files are out of a confined process's reach.
+            Some(most) if spare.is_none() => {
+                Some(start_queue::turn(&self.run_dir, most, config.runtime.queue_deadline).await?)
+            }
+            _ => None,
+        };
         let sandbox = Sandbox::start(sandbox_request, config, &self.run_dir, host, events, spare).await?;
         self.set_sandbox(Some(Arc::clone(&sandbox)));
-        Ok(sandbox)
+        Ok((sandbox, turn))
     }
 
     fn publish_create(&self, request: CreateTaskRequest) {

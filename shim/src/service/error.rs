@@ -9,6 +9,7 @@ use crate::ids::{Id, IdError};
 use crate::oci::SpecError;
 use crate::sandbox::agent::AgentError;
 use crate::sandbox::{CreateError, SandboxError, StartError};
+use crate::start_queue::QueueError;
 
 /// Why a request failed.
 #[derive(Debug, thiserror::Error)]
@@ -53,6 +54,9 @@ pub enum ServiceError {
     /// The specification.
     #[error(transparent)]
     Spec(#[from] SpecError),
+    /// Too many others start.
+    #[error("Cannot have a turn in the queue of starts")]
+    Queue(#[from] QueueError),
     /// The sandbox was not started.
     #[error(transparent)]
     Start(#[from] StartError),
@@ -87,7 +91,7 @@ impl ServiceError {
             Self::Create(CreateError::Agent(source)) | Self::Sandbox(SandboxError::Agent { source, .. }) => {
                 agent_code(source)
             }
-            Self::Start(_) | Self::Create(_) | Self::Sandbox(_) => Code::UNKNOWN,
+            Self::Queue(_) | Self::Start(_) | Self::Create(_) | Self::Sandbox(_) => Code::UNKNOWN,
         }
     }
 }

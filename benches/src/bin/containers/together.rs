@@ -89,7 +89,6 @@ pub fn run(arguments: &[String]) -> Result<()> {
         let anchor = anchor.map(|(_, figures)| median(figures.walls.iter().copied()));
         rows.extend(all.iter().map(|(kind, figures)| row(*kind, count, figures, anchor)));
         failed += all.iter().map(|(_, figures)| figures.failed).sum::<usize>();
-        eprintln!("{count} at once: done");
     }
     println!("### So many `ctr run --detach` at once, medians of {rounds} rounds in turns\n");
     println!("{}", markdown(&rows));
@@ -132,7 +131,7 @@ fn prepare(parts: &Parts, kind: Kind) -> Result<()> {
     Ok(())
 }
 
-/// Starts so many at once, and removes them at once. Nothing may be left of them.
+/// Starts so many at once, and removes them at once. Nothing may be left of Inlay's.
 fn round(kind: Kind, count: usize, figures: &mut Figures) -> Result<()> {
     let before = HostState::take();
     let ids: Vec<String> = (0..count).map(|_| unique("together")).collect();
@@ -147,13 +146,27 @@ fn round(kind: Kind, count: usize, figures: &mut Figures) -> Result<()> {
         eprintln!("{} failed: {}\n{}", kind.name(), String::from_utf8_lossy(&output.stderr).trim(), log_of(id)?);
     }
     let begun = Instant::now();
-    all(&ids, |id| ctr(&["task", "delete", "--force", id]))?;
-    all(&ids, |id| ctr(&["container", "delete", id]))?;
+    let mut removed = all(&ids, |id| ctr(&["task", "delete", "--force", id]))?;
+    removed.extend(all(&ids, |id| ctr(&["container", "delete", id]))?);
     figures.removals.push(begun.elapsed());
+    for output in removed.iter().filter(|output| !output.status.success()) {
+        eprintln!("{} not removed: {}", kind.name(), String::from_utf8_lossy(&output.stderr).trim());
+    }
+    eprintln!("{count} at once, {}: {:.1} s", kind.name(), figures.walls.last().map_or(0.0, Duration::as_secs_f64));
+    collect_garbage()?;
     if kind != Kind::Runc {
         figures.starts.extend(Start::read(&trace())?);
+        HostState::assert_settles(&before);
     }
-    HostState::assert_settles(&before);
+    Ok(())
+}
+
+/// containerd forgets deletions that come while it collects garbage, until the next one, so snapshots would stay.
+fn collect_garbage() -> Result<()> {
+    for arguments in [&["leases", "create", "--id", "sweep"][..], &["leases", "delete", "--sync", "sweep"]] {
+        let output = containerd().ctr(arguments);
+        ensure!(output.status.success(), "{arguments:?} has failed: {output:#?}");
+    }
     Ok(())
 }
 
