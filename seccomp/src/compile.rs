@@ -75,7 +75,8 @@ pub fn allowing(rules: &[Rule], constants: &Constants) -> Result<Vec<Step>, Stri
 pub fn refusing(rules: &[Rule], code: i32) -> Result<Vec<Step>, String> {
     let refused = errno(code)?;
     let calls = rules.iter().flat_map(|rule| &rule.calls);
-    let answers = calls.map(|call| Ok((number(*call)?, refused.clone()))).collect::<Result<BTreeMap<_, _>, String>>()?;
+    let answers =
+        calls.map(|call| Ok((number(*call)?, refused.clone()))).collect::<Result<BTreeMap<_, _>, String>>()?;
     let mut ranges = ranges(answers, SECCOMP_RET_ALLOW);
     ranges.push((X32, refused));
     program(&ranges)

@@ -30,8 +30,10 @@ const DEFAULT_BOOT_DEADLINE: Duration = Duration::from_secs(60);
 const DEFAULT_CREATE_DEADLINE: Duration = Duration::from_secs(60);
 /// Most sandboxes that wait to be asked for: each is a process, a KVM machine, and some 8 MiB of memory.
 const MAX_POOL: u32 = 64;
-/// Half of the two minutes that the kubelet gives a request.
-const DEFAULT_QUEUE_DEADLINE: Duration = Duration::from_secs(60);
+/// Longer than any client waits that gives up: then containerd ends the start, whose turn is the next one's.
+const DEFAULT_QUEUE_DEADLINE: Duration = Duration::from_secs(600);
+/// A start keeps a processor busy, and waits now and then: two for each leave none idle, and none of them slow.
+const DEFAULT_STARTS_PER_CPU: NonZeroU32 = NonZeroU32::new(2).unwrap();
 /// The start that is next watches a descriptor for each that is under way; a process has 1024 where nobody says more.
 const MAX_SIMULTANEOUS_STARTS: i64 = 512;
 
@@ -205,7 +207,7 @@ impl Default for Config {
                 disable_guest_seccomp: false,
                 confinement: Confinement::On,
                 trace_file: None,
-                simultaneous_starts: None,
+                simultaneous_starts: Some(default_simultaneous_starts()),
                 queue_deadline: DEFAULT_QUEUE_DEADLINE,
             },
             factory: Factory::default(),
@@ -338,7 +340,9 @@ impl Runtime {
         }
         let starts =
             section.integer("simultaneous_starts", 0..=MAX_SIMULTANEOUS_STARTS, "0, for any number, to 512")?;
-        self.simultaneous_starts = starts.and_then(|starts| NonZeroU32::new(u32::try_from(starts).ok()?));
+        if let Some(starts) = starts {
+            self.simultaneous_starts = u32::try_from(starts).ok().and_then(NonZeroU32::new);
+        }
         if let Some(milliseconds) = section.positive("start_queue_deadline_ms", "a number of milliseconds")? {
             self.queue_deadline = Duration::from_millis(milliseconds);
         }
@@ -374,6 +378,10 @@ fn host_cpus() -> NonZeroU32 {
         .ok()
         .and_then(|count| NonZeroU32::try_from(count).ok())
         .unwrap_or(NonZeroU32::MIN)
+}
+
+fn default_simultaneous_starts() -> NonZeroU32 {
+    host_cpus().saturating_mul(DEFAULT_STARTS_PER_CPU)
 }
 
 /// The machine's table: ours, or StratoVirt's where a file made for kata is used.

@@ -111,10 +111,11 @@ const SANDBOXES: &[Family<Figures>] = &[
         name: "inlay_start_moment",
         unit: "seconds",
         kind: MetricType::Gauge,
-        help: "When the start reached T1 to T6, counted from T0, the create request; without those that it has not reached",
+        help: "When the start had its turn and reached T1 to T6, counted from T0, the create request; without what it has not reached",
         samples: |figures| {
             let times = &figures.start;
             let moments = [
+                ("turn", times.turn),
                 ("T1", times.t1),
                 ("T2", times.t2),
                 ("T3", times.t3),

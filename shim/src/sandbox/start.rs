@@ -57,6 +57,8 @@ pub struct SandboxRequest {
     pub config_path: Option<PathBuf>,
     /// When the request arrived.
     pub t0: u64,
+    /// When it had its turn in the queue of starts, where there is one.
+    pub turn: Option<u64>,
 }
 
 /// Why a sandbox was not started: the stage that failed, and its cause.
@@ -186,6 +188,7 @@ impl Sandbox {
         let points = guest.machine().trace();
         let times = StartTimes {
             t0: request.t0,
+            turn: request.turn,
             // A spare's was there before the request.
             t1: points.vm_created().map(|created| created.max(request.t0)),
             t2: points.first_run(),

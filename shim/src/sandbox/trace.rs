@@ -22,6 +22,8 @@ pub struct StartTimes {
     pub restored: bool,
     /// The shim's create request arrived.
     pub t0: u64,
+    /// It had its turn in the queue of starts, where there is one.
+    pub turn: Option<u64>,
     /// The KVM machine existed.
     pub t1: Option<u64>,
     /// The first vCPU ran.
@@ -90,6 +92,7 @@ mod tests {
         let silent = StartTimes {
             restored: false,
             t0: 1000,
+            turn: None,
             t1: Some(1500),
             t2: Some(2),
             t3: Some(3),
@@ -107,7 +110,7 @@ mod tests {
         }
         let text = std::fs::read_to_string(&file).unwrap();
         let lines: Vec<&str> = text.lines().collect();
-        let times = r#""t0":1000,"t1":1500,"t2":2,"t3":3,"t4":4,"t5":5,"t6":9,"memory":"#;
+        let times = r#""t0":1000,"turn":null,"t1":1500,"t2":2,"t3":3,"t4":4,"t5":5,"t6":9,"memory":"#;
         assert_eq!(lines[0], format!(r#"{{"sandbox":"x","restored":false,{times}null}}"#));
         assert!(lines.len() == 3 && lines[1].contains("\"y\""), "{text}");
         let without_init = times.replace("\"t3\":3", "\"t3\":null");

@@ -105,6 +105,14 @@ impl TaskService {
             tracing::warn!("{notice}");
         }
         let cgroups_path = spec.linux().as_ref().and_then(|linux| linux.cgroups_path().as_ref());
+        let spare = lock(&self.spare).take();
+        let turn = match config.runtime.simultaneous_starts {
+            // A spare needs none: its sandbox is there. And the queue's files are out of a confined process's reach.
+            Some(most) if spare.is_none() => {
+                Some(start_queue::turn(&self.run_dir, most, config.runtime.queue_deadline).await?)
+            }
+            _ => None,
+        };
         let sandbox_request = SandboxRequest {
             id: id.clone(),
             namespace: self.namespace.clone(),
@@ -115,16 +123,9 @@ impl TaskService {
             cgroup: cgroups_path.and_then(|path| CgroupPath::parse(path.to_str()?)),
             named: Named { rootfs: rootfs.clone(), logger: streams.logger() },
             t0,
+            turn: turn.as_ref().map(|_| trace::now()),
         };
         let (host, events) = (self.host.clone(), Arc::clone(&self.events));
-        let spare = lock(&self.spare).take();
-        let turn = match config.runtime.simultaneous_starts {
-            // A spare needs none: its sandbox is there. And the queue's files are out of a confined process's reach.
-            Some(most) if spare.is_none() => {
-                Some(start_queue::turn(&self.run_dir, most, config.runtime.queue_deadline).await?)
-            }
-            _ => None,
-        };
         let sandbox = Sandbox::start(sandbox_request, config, &self.run_dir, host, events, spare).await?;
         self.set_sandbox(Some(Arc::clone(&sandbox)));
         Ok((sandbox, turn))

@@ -11,6 +11,8 @@ pub struct Pss {
     pub own: u64,
     /// Guest memory, known by being left out of core dumps (`MADV_DONTDUMP`).
     pub guest: u64,
+    /// As much of it as is in no file: what the host has for this guest alone.
+    pub guest_private: u64,
 }
 
 impl Pss {
@@ -36,15 +38,18 @@ impl Pss {
     fn sum(smaps: &str, is_guest: impl Fn(u64, &str) -> bool) -> Result<Self> {
         let kib = |value: &str| value.trim().trim_end_matches(" kB").parse::<u64>();
         let mut total = Self::default();
-        let (mut size, mut pss) = (0, 0);
+        let (mut size, mut pss, mut private) = (0, 0, 0);
         for line in smaps.lines() {
             if let Some(value) = line.strip_prefix("Size:") {
                 size = kib(value).context("Size is not a number")?;
             } else if let Some(value) = line.strip_prefix("Pss:") {
                 pss = kib(value).context("Pss is not a number")?;
+            } else if let Some(value) = line.strip_prefix("Anonymous:") {
+                private = kib(value).context("Anonymous is not a number")?;
             } else if let Some(flags) = line.strip_prefix("VmFlags:") {
                 let guest = is_guest(size, flags);
                 *if guest { &mut total.guest } else { &mut total.own } += pss;
+                total.guest_private += if guest { private } else { 0 };
             }
         }
         Ok(total)
@@ -57,9 +62,9 @@ mod tests {
 
     #[test]
     fn guest_memory_is_told_from_the_rest() {
-        let smaps = "7f00-7f10 rw-p 00000000 00:00 0\nPss:                1000 kB\nVmFlags: rd wr mr mw me nr dd \n\
+        let smaps = "7f00-7f10 rw-p 00000000 00:00 0\nPss:                1000 kB\nAnonymous:     300 kB\nVmFlags: rd wr mr mw me nr dd \n\
                      5500-5600 r-xp 00000000 fe:00 1 /usr/bin/inlay\nPss:                  20 kB\nVmFlags: rd ex mr\n";
-        assert_eq!(Pss::parse(smaps).unwrap(), Pss { own: 20, guest: 1000 });
+        assert_eq!(Pss::parse(smaps).unwrap(), Pss { own: 20, guest: 1000, guest_private: 300 });
     }
 
     #[test]

@@ -15,6 +15,9 @@ pub struct Start {
     #[serde(default)]
     pub restored: bool,
     t0: u64,
+    /// Where starts take turns.
+    #[serde(default)]
+    turn: Option<u64>,
     t1: u64,
     t2: u64,
     /// A guest that was restored has none: its init ran long ago.
@@ -58,6 +61,11 @@ impl Start {
     pub fn stages(&self) -> [Duration; 6] {
         let moments = [self.t0, self.t1, self.t2, self.t3.unwrap_or(self.t2), self.t4, self.t5, self.t6];
         std::array::from_fn(|n| between(moments[n], moments[n + 1]))
+    }
+
+    /// From its turn, or T0 where there are no turns, to T4: until the agent answers, without having waited for others.
+    pub fn turn_to_agent(&self) -> Duration {
+        between(self.turn.unwrap_or(self.t0), self.t4)
     }
 
     /// T1 to T4, in nanoseconds of the monotonic clock: the machine is there, and its agent has not answered yet.

@@ -3,17 +3,21 @@
 //!
 //! ```text
 //! containers [RUNS]
+//! containers backends [ROUNDS]
 //! containers together [--rounds N] [--only runc|cold|restored]... [COUNT ...]
 //! ```
 //!
-//! The second starts so many containers at once, 1, 10 and 100 if no count is given, and fails if one of them fails. A
+//! The second starts one at a time, by where its guest comes from. The third starts so many containers at once, 1, 10 and 100 if no count is given, and fails if one of them fails. A
 //! hundred sandboxes that boot take more memory than the nested host usually has: `nested-host run --memory 12G`.
 
+mod backends;
 mod together;
 
 use std::fs;
-use std::path::Path;
-use std::time::Duration;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use benches::table::{markdown, median, milliseconds};
@@ -22,12 +26,15 @@ use inlay_tests::harness::{HOME, Parts, Pss, Runtime, configure, containerd, uni
 use inlay_tests::images;
 
 const DEFAULT_RUNS: usize = 10;
+/// How long a started container may take to its first output.
+const TRACE_LIMIT: Duration = Duration::from_secs(30);
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let runs = match arguments.as_slice() {
         [] => DEFAULT_RUNS,
         [word, rest @ ..] if word == "together" => return together::run(rest),
+        [word, rest @ ..] if word == "backends" => return backends::run(rest.first()),
         [text, ..] => text.parse().context("The number of runs is no number")?,
     };
     let parts = Parts::find();
@@ -37,8 +44,7 @@ fn main() -> Result<()> {
     for runtime in [Runtime::Runc, Runtime::Inlay] {
         run(runtime)?;
     }
-    let trace = Path::new(HOME).join("trace.jsonl");
-    fs::remove_file(&trace).context("No start was traced")?;
+    fs::remove_file(trace()).context("No start was traced")?;
 
     let (mut runc, mut inlay) = (Vec::new(), Vec::new());
     for _ in 0..runs {
@@ -48,9 +54,34 @@ fn main() -> Result<()> {
     println!("### `ctr run --rm … echo .`, median of {runs} in turns\n");
     println!("{}", walls(runc, inlay));
     println!("### The stages of a cold start, medians of the same {runs}\n");
-    println!("{}", stages(&Start::read(&trace)?));
+    println!("{}", stages(&Start::read(&trace())?));
     println!("### Memory and disk\n");
     print!("{}", memory_and_disk(&parts)?);
+    Ok(())
+}
+
+/// The file to which starts write their times.
+fn trace() -> PathBuf {
+    Path::new(HOME).join("trace.jsonl")
+}
+
+/// The times of `count` starts since the file was removed. A container's first output may come a moment after its start.
+fn traced(count: usize) -> Result<Vec<Start>> {
+    let begun = Instant::now();
+    loop {
+        let starts = if trace().exists() { Start::read(&trace())? } else { Vec::new() };
+        if starts.len() >= count {
+            return Ok(starts);
+        }
+        ensure!(begun.elapsed() < TRACE_LIMIT, "{} of {count} starts have told their times", starts.len());
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// The operator's command.
+fn inlay(parts: &Parts, arguments: &[&str]) -> Result<()> {
+    let output = Command::new(&parts.shim).args(arguments).output().context("Cannot run inlay")?;
+    ensure!(output.status.success(), "inlay {arguments:?} has failed: {}", String::from_utf8_lossy(&output.stderr));
     Ok(())
 }
 

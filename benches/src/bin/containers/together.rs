@@ -2,15 +2,16 @@
 
 use std::fs;
 use std::num::NonZeroUsize;
-use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use benches::table::{markdown, median, milliseconds};
 use inlay_tests::harness::trace::Start;
-use inlay_tests::harness::{HOME, HostState, Parts, Runtime, configure, containerd, unique};
+use inlay_tests::harness::{HostState, Parts, Runtime, configure, containerd, unique};
 use inlay_tests::images;
+
+use crate::{inlay, trace, traced};
 
 const DEFAULT_COUNTS: [usize; 3] = [1, 10, 100];
 const DEFAULT_ROUNDS: usize = 3;
@@ -145,6 +146,9 @@ fn round(kind: Kind, count: usize, figures: &mut Figures) -> Result<()> {
         figures.failed += 1;
         eprintln!("{} failed: {}\n{}", kind.name(), String::from_utf8_lossy(&output.stderr).trim(), log_of(id)?);
     }
+    if kind != Kind::Runc {
+        figures.starts.extend(traced(started.iter().filter(|output| output.status.success()).count())?);
+    }
     let begun = Instant::now();
     let mut removed = all(&ids, |id| ctr(&["task", "delete", "--force", id]))?;
     removed.extend(all(&ids, |id| ctr(&["container", "delete", id]))?);
@@ -155,7 +159,6 @@ fn round(kind: Kind, count: usize, figures: &mut Figures) -> Result<()> {
     eprintln!("{count} at once, {}: {:.1} s", kind.name(), figures.walls.last().map_or(0.0, Duration::as_secs_f64));
     collect_garbage()?;
     if kind != Kind::Runc {
-        figures.starts.extend(Start::read(&trace())?);
         HostState::assert_settles(&before);
     }
     Ok(())
@@ -182,12 +185,6 @@ fn ctr(arguments: &[&str]) -> Command {
     command
 }
 
-fn inlay(parts: &Parts, arguments: &[&str]) -> Result<()> {
-    let output = Command::new(&parts.shim).args(arguments).output().context("Cannot run inlay")?;
-    ensure!(output.status.success(), "inlay {arguments:?} has failed: {}", String::from_utf8_lossy(&output.stderr));
-    Ok(())
-}
-
 /// What the sandbox has logged: why its machine has ended, if it has.
 fn log_of(id: &str) -> Result<String> {
     let path = containerd().log();
@@ -197,12 +194,8 @@ fn log_of(id: &str) -> Result<String> {
     Ok(lines.collect::<Vec<_>>().join("\n"))
 }
 
-fn trace() -> PathBuf {
-    Path::new(HOME).join("trace.jsonl")
-}
-
 fn head() -> Vec<String> {
-    ["at once", "", "failed", "all started", "least", "most", "over runc", "T0→T4", "T0→T6", "all removed"]
+    ["at once", "", "failed", "all started", "least", "most", "over runc", "turn→T4", "T0→T4", "T0→T6", "all removed"]
         .map(String::from)
         .to_vec()
 }
@@ -221,6 +214,7 @@ fn row(kind: Kind, count: usize, figures: &Figures, anchor: Option<Duration>) ->
         milliseconds(figures.walls.iter().min().copied().unwrap_or_default()),
         milliseconds(figures.walls.iter().max().copied().unwrap_or_default()),
         anchor.map_or_else(String::new, |anchor| format!("{:.2}", middle.as_secs_f64() / anchor.as_secs_f64())),
+        of_starts(Start::turn_to_agent),
         of_starts(Start::to_agent),
         of_starts(Start::to_output),
         milliseconds(median(figures.removals.iter().copied())),
