@@ -16,7 +16,9 @@ mod thread;
 mod trap;
 
 pub use error::ConfineError;
-pub use process::{confine_helper, confine_machine, confine_process, drop_capabilities, drop_privileges, take_role};
+pub use process::{
+    confine_helper, confine_machine, confine_process, drop_capabilities, drop_privileges, is_confined, take_role,
+};
 pub use thread::{Entering, spawn, start};
 pub use trap::{EXIT_CODE, report_to, set_role};
 

@@ -23,15 +23,22 @@ pub fn confine_helper() -> Result<(), ConfineError> {
     privileges::keep_mount_capabilities()
 }
 
+/// Whether the ceiling is over this process.
+static CEILING: Mutex<bool> = Mutex::new(false);
+
+/// Whether this process is below its ceiling, where paths that its threads need no more are out of reach.
+pub fn is_confined() -> bool {
+    *CEILING.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Puts the ceiling over all threads that there are and will be. Must come before the first [`spawn`](crate::spawn):
 /// the kernel puts no filter under another. A second call, as after a start that failed, does nothing.
 pub fn confine_process(confinement: Confinement) -> Result<(), ConfineError> {
-    static CONFINED: Mutex<bool> = Mutex::new(false);
     if confinement == Confinement::Off {
         confinement.announce();
         return Ok(());
     }
-    let mut confined = CONFINED.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut confined = CEILING.lock().unwrap_or_else(PoisonError::into_inner);
     if !*confined {
         trap::install_handler()?;
         privileges::no_new_privileges()?;

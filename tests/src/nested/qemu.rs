@@ -39,8 +39,9 @@ const VIRTIOFSD: &str = "/usr/lib/qemu/virtiofsd";
 const OPEN_FILES: u32 = 1_000_000;
 
 /// `oops=panic` turns every fault of the nested host's kernel into its end, and `panic=-1` with
-/// `-no-reboot` its end into QEMU's. Watchdogs would fire on a loaded machine; the beat replaces them.
-const COMMAND_LINE: &str = "console=ttyS0 loglevel=5 oops=panic panic=-1 reboot=t mitigations=off nokaslr \
+/// `-no-reboot` its end into QEMU's. Watchdogs would fire on a loaded machine; the beat replaces them. QEMU translates a
+/// program anew for each address that it is loaded to, which takes most of a short program's time: `norandmaps`.
+const COMMAND_LINE: &str = "console=ttyS0 loglevel=5 oops=panic panic=-1 reboot=t mitigations=off nokaslr norandmaps \
                             nowatchdog no_timer_check random.trust_cpu=on";
 
 /// What the monitor is asked of a host that has stopped.

@@ -15,6 +15,8 @@ use crate::{inlay, trace, traced};
 
 const DEFAULT_COUNTS: [usize; 3] = [1, 10, 100];
 const DEFAULT_ROUNDS: usize = 3;
+/// containerd gives a shim 2 s to say which FIFOs its container has, and `ctr` leaves them where no answer comes by then.
+const REMOVED_AT_ONCE: usize = 10;
 /// The template of the usual configuration file.
 const TEMPLATE: &str = "default";
 
@@ -132,7 +134,7 @@ fn prepare(parts: &Parts, kind: Kind) -> Result<()> {
     Ok(())
 }
 
-/// Starts so many at once, and removes them at once. Nothing may be left of Inlay's.
+/// Starts so many at once, and removes them. Nothing may be left of Inlay's.
 fn round(kind: Kind, count: usize, figures: &mut Figures) -> Result<()> {
     let before = HostState::take();
     let ids: Vec<String> = (0..count).map(|_| unique("together")).collect();
@@ -150,8 +152,11 @@ fn round(kind: Kind, count: usize, figures: &mut Figures) -> Result<()> {
         figures.starts.extend(traced(started.iter().filter(|output| output.status.success()).count())?);
     }
     let begun = Instant::now();
-    let mut removed = all(&ids, |id| ctr(&["task", "delete", "--force", id]))?;
-    removed.extend(all(&ids, |id| ctr(&["container", "delete", id]))?);
+    let mut removed = Vec::new();
+    for ids in ids.chunks(REMOVED_AT_ONCE) {
+        removed.extend(all(ids, |id| ctr(&["task", "delete", "--force", id]))?);
+        removed.extend(all(ids, |id| ctr(&["container", "delete", id]))?);
+    }
     figures.removals.push(begun.elapsed());
     for output in removed.iter().filter(|output| !output.status.success()) {
         eprintln!("{} not removed: {}", kind.name(), String::from_utf8_lossy(&output.stderr).trim());
