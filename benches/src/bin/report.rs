@@ -20,13 +20,17 @@ fn main() -> Result<()> {
     eprintln!("Measuring restored machines there");
     let restored = output(&mut Command::new(program("restore")))?;
     let lazy = output(&mut Command::new(program("lazy")))?;
-    eprintln!("Measuring containers and devices; this takes some minutes where the host is emulated");
-    let on_a_host = |name: &str| {
+    let on_a_host = |what: &str, name: &str, arguments: &[&str]| {
+        eprintln!("Measuring {what}");
         let mut host = Command::new(root.join("target/debug/nested-host"));
-        host.args(["run", "--auto", "--timeout", "1800", "--"]).arg(program(name));
+        host.args(["run", "--auto", "--memory", "8G", "--timeout", "3600", "--"]).arg(program(name)).args(arguments);
         output(&mut host)
     };
-    let (containers, machines) = (on_a_host("containers")?, on_a_host("machines")?);
+    eprintln!("What follows takes three quarters of an hour where the host is emulated");
+    let containers = on_a_host("containers, one at a time", "containers", &[])?;
+    let backends = on_a_host("where their guests come from", "containers", &["backends"])?;
+    let together = on_a_host("up to a hundred at once", "containers", &["together", "--rounds", "1"])?;
+    let machines = on_a_host("devices", "machines", &[])?;
 
     let mut page = String::from(
         "# Performance\n\nWritten by `make bench`; do not edit. Compare figures within one run only: ratios carry over to other machines, \
@@ -37,7 +41,7 @@ fn main() -> Result<()> {
     write!(page, "\n## Restored machines, native KVM\n\n{restored}")?;
     write!(page, "\n## Memory that comes by mapping or page by page, native KVM\n\n{lazy}")?;
     let place = if virtualized()? { "on this machine" } else { "in the nested host" };
-    write!(page, "\n## Containers, {place}\n\n{containers}")?;
+    write!(page, "\n## Containers, {place}\n\n{containers}\n{backends}{together}")?;
     write!(page, "\n## Devices of `inlay vm` with a Linux guest, {place}\n\n{machines}")?;
     let path = root.join("docs/performance.md");
     fs::write(&path, &page).with_context(|| format!("Cannot write {}", path.display()))?;
