@@ -5,7 +5,7 @@
 
 use std::fmt::Write;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
@@ -14,39 +14,49 @@ fn main() -> Result<()> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").canonicalize()?;
     let programs = std::env::current_exe()?;
     let program = |name: &str| programs.with_file_name(name);
+    let place = if virtualized()? { "on this machine" } else { "in the nested host" };
+    let mut page = Page::new(root.join("docs/performance.md"));
+    page.add("The machine", &machine()?)?;
 
-    eprintln!("Measuring VMM start-up on this machine's /dev/kvm");
-    let startup = output(&mut Command::new(program("startup")))?;
-    eprintln!("Measuring restored machines there");
-    let restored = output(&mut Command::new(program("restore")))?;
-    let lazy = output(&mut Command::new(program("lazy")))?;
-    let on_a_host = |what: &str, name: &str, arguments: &[&str]| {
-        eprintln!("Measuring {what}");
+    let natively = |name: &str| output(&mut Command::new(program(name)));
+    page.add("VMM start-up, native KVM", &natively("startup")?)?;
+    page.add("Restored machines, native KVM", &natively("restore")?)?;
+    page.add("Memory that comes by mapping or page by page, native KVM", &natively("lazy")?)?;
+
+    eprintln!("What follows takes three quarters of an hour where the host is emulated");
+    let on_a_host = |name: &str, arguments: &[&str]| {
         let mut host = Command::new(root.join("target/debug/nested-host"));
         host.args(["run", "--auto", "--memory", "8G", "--timeout", "3600", "--"]).arg(program(name)).args(arguments);
         output(&mut host)
     };
-    eprintln!("What follows takes three quarters of an hour where the host is emulated");
-    let containers = on_a_host("containers, one at a time", "containers", &[])?;
-    let backends = on_a_host("where their guests come from", "containers", &["backends"])?;
-    let together = on_a_host("up to a hundred at once", "containers", &["together", "--rounds", "1"])?;
-    let machines = on_a_host("devices", "machines", &[])?;
-
-    let mut page = String::from(
-        "# Performance\n\nWritten by `make bench`; do not edit. Compare figures within one run only: ratios carry over to other machines, \
-         times do not.\nIn a nested host each exit of the guest is emulated by software, which stretches a guest's boot more than it does a process that runc starts.\n",
-    );
-    write!(page, "\n## The machine\n\n{}", machine()?)?;
-    write!(page, "\n## VMM start-up, native KVM\n\n{startup}")?;
-    write!(page, "\n## Restored machines, native KVM\n\n{restored}")?;
-    write!(page, "\n## Memory that comes by mapping or page by page, native KVM\n\n{lazy}")?;
-    let place = if virtualized()? { "on this machine" } else { "in the nested host" };
-    write!(page, "\n## Containers, {place}\n\n{containers}\n{backends}{together}")?;
-    write!(page, "\n## Devices of `inlay vm` with a Linux guest, {place}\n\n{machines}")?;
-    let path = root.join("docs/performance.md");
-    fs::write(&path, &page).with_context(|| format!("Cannot write {}", path.display()))?;
-    print!("{page}");
+    page.add(&format!("Containers, {place}"), &on_a_host("containers", &[])?)?;
+    page.add(&format!("Where their guests come from, {place}"), &on_a_host("containers", &["backends"])?)?;
+    page.add(&format!("Devices of `inlay vm` with a Linux guest, {place}"), &on_a_host("machines", &[])?)?;
+    let together = on_a_host("containers", &["together", "--rounds", "1"])?;
+    page.add(&format!("Many containers at once, {place}"), &together)?;
+    print!("{}", page.text);
     Ok(())
+}
+
+/// The page, which is written again with each section: a later one may fail.
+struct Page {
+    path: PathBuf,
+    text: String,
+}
+
+impl Page {
+    fn new(path: PathBuf) -> Self {
+        let text = "# Performance\n\nWritten by `make bench`; do not edit. Compare figures within one run only: ratios carry over to other \
+                    machines, times do not.\nIn a nested host each exit of the guest is emulated by software, which stretches a guest's boot \
+                    more than it does a process that runc starts.\n";
+        Self { path, text: text.to_owned() }
+    }
+
+    fn add(&mut self, title: &str, tables: &str) -> Result<()> {
+        eprintln!("Measured: {title}");
+        write!(self.text, "\n## {title}\n\n{tables}")?;
+        fs::write(&self.path, &self.text).with_context(|| format!("Cannot write {}", self.path.display()))
+    }
 }
 
 fn output(command: &mut Command) -> Result<String> {

@@ -6,7 +6,10 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -16,6 +19,10 @@ const MEMBERS: &str = "cgroup.procs";
 /// A directory can vanish between two steps when another sandbox of the same parent ends; more than a few times in a
 /// row is something else.
 const ATTEMPTS: usize = 5;
+
+/// How long a thread may take from its last instruction to its end, on a host that has other things to do.
+const ENDING: Duration = Duration::from_secs(5);
+const LOOK: Duration = Duration::from_millis(1);
 
 /// A path in the hierarchy, from the specification's `cgroupsPath`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -63,10 +70,20 @@ struct Hierarchy {
 pub struct MadeDirectories(Vec<PathBuf>);
 
 impl MadeDirectories {
-    /// Removes the directories, the deepest first. One that others use by now stays.
+    /// Removes the directories, the deepest first. One that others use by now stays. Waits for threads that are ending: the
+    /// kernel says that one is gone before it has left its group.
     pub fn remove(&self) {
+        let begun = Instant::now();
         for directory in self.0.iter().rev() {
-            match fs::remove_dir(directory) {
+            let removed = loop {
+                match fs::remove_dir(directory) {
+                    Err(error) if is_busy(&error) && begun.elapsed() < ENDING && is_left(directory) => {
+                        thread::sleep(LOOK);
+                    }
+                    removed => break removed,
+                }
+            };
+            match removed {
                 Err(error) if !matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EBUSY | libc::ENOTEMPTY)) => {
                     tracing::warn!(directory = %directory.display(), %error, "Cannot remove a control group");
                 }
@@ -74,6 +91,16 @@ impl MadeDirectories {
             }
         }
     }
+}
+
+fn is_busy(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EBUSY)
+}
+
+/// Whether a group has neither groups below it nor processes: what keeps it are threads that are ending, which are not listed.
+fn is_left(directory: &Path) -> bool {
+    let has_groups = fs::metadata(directory).is_ok_and(|metadata| metadata.nlink() > 2);
+    !has_groups && fs::read(directory.join(MEMBERS)).is_ok_and(|members| members.is_empty())
 }
 
 /// A sandbox's control groups, as long as this value lives. The process is in them after [`join`](Self::join).
@@ -245,6 +272,20 @@ mod tests {
             ]
         );
         assert_eq!(found.iter().filter(|hierarchy| hierarchy.cpuset).count(), 1);
+    }
+
+    #[test]
+    fn a_group_that_nobody_lists_is_left() {
+        let dir = tempfile::tempdir().unwrap();
+        let members = dir.path().join(MEMBERS);
+        assert!(!is_left(dir.path()));
+        fs::write(&members, "").unwrap();
+        assert!(is_left(dir.path()));
+        fs::write(&members, "1\n").unwrap();
+        assert!(!is_left(dir.path()));
+        fs::write(&members, "").unwrap();
+        fs::create_dir(dir.path().join("below")).unwrap();
+        assert!(!is_left(dir.path()));
     }
 
     #[test]

@@ -70,7 +70,7 @@ struct RunArgs {
 #[derive(Args)]
 struct TestArgs {
     /// Ends the tests after so many seconds.
-    #[arg(long, default_value_t = 3000)]
+    #[arg(long, default_value_t = 3400)]
     timeout: u64,
     /// Takes a nested host even if the machine has hardware virtualization.
     #[arg(long)]
