@@ -381,7 +381,9 @@ fn host_cpus() -> NonZeroU32 {
 }
 
 fn default_simultaneous_starts() -> NonZeroU32 {
-    host_cpus().saturating_mul(DEFAULT_STARTS_PER_CPU)
+    let wanted = host_cpus().saturating_mul(DEFAULT_STARTS_PER_CPU);
+    let most = u32::try_from(MAX_SIMULTANEOUS_STARTS).ok().and_then(NonZeroU32::new);
+    most.map_or(wanted, |most| wanted.min(most))
 }
 
 /// The machine's table: ours, or StratoVirt's where a file made for kata is used.

@@ -108,8 +108,8 @@ impl TaskService {
         let spare = lock(&self.spare).take();
         let turn = match config.runtime.simultaneous_starts {
             // A spare needs none: its sandbox is there. The queue's files are out of the reach of a process that is
-            // confined, as that of a spare is, and one whose first start has failed.
-            Some(most) if !seccomp::is_confined() => {
+            // confined, as one is whose first start has failed.
+            Some(most) if spare.is_none() && !seccomp::is_confined() => {
                 Some(start_queue::turn(&self.run_dir, most, config.runtime.queue_deadline).await?)
             }
             _ => None,

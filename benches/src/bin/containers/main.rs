@@ -7,8 +7,9 @@
 //! containers together [--rounds N] [--only runc|cold|restored]... [COUNT ...]
 //! ```
 //!
-//! The second starts one at a time, by where its guest comes from. The third starts so many containers at once, 1, 10 and 100 if no count is given, and fails if one of them fails. A
-//! hundred sandboxes that boot take more memory than the nested host usually has: `nested-host run --memory 12G`.
+//! The second starts one at a time, by where its guest comes from. The third starts so many containers at once, 1, 10 and
+//! 100 if no count is given, and fails if one of them fails. A hundred sandboxes that boot take more memory than the nested
+//! host usually has: `nested-host run --memory 8G`.
 
 mod backends;
 mod together;
