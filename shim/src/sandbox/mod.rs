@@ -55,7 +55,7 @@ use trace::StartTimes;
 pub use create::{ContainerRequest, CreateError};
 pub use process::reported_pid;
 pub use quiet::QuietError;
-pub use rehearse::rehearse;
+pub use rehearse::{clear as clear_rehearsal, rehearse};
 pub use start::{SandboxRequest, StartError, confine};
 
 /// The parts of the process that can do what the service's threads may not.

@@ -19,7 +19,7 @@ use crate::main_thread::{Ended, MainThread};
 use crate::run_dir::hex;
 use crate::sandbox::guest::{BootError, Guest, Home};
 use crate::sandbox::saved::Saved;
-use crate::sandbox::{QuietError, rehearse};
+use crate::sandbox::{QuietError, clear_rehearsal, rehearse};
 
 /// The empty directory that the template's guest could see if it looked.
 const SHARE: &str = "share";
@@ -119,6 +119,7 @@ async fn save(name: &Id, config: &Config, draft: &Draft, mark: &str, main: &Main
     main.run(move || snapshot_and_stop(machine, &directory)).await??;
     if config.factory.memory == TemplateMemory::Lazy {
         record_working_set(&home, draft).await;
+        clear_rehearsal(&share, name).map_err(file_error("clear", &share))?;
     }
     fs::remove_dir(&share).map_err(file_error("remove", &share))?;
     Ok(())

@@ -53,8 +53,8 @@ fn restores_page_by_page_with_what_a_start_needs_ahead(scene: &Scene) {
     take_starts();
     let id = scene.start(&["sh", "-c", "echo .; exec sleep 1000"]);
     let (faults, ahead) = faults_and_prefetched(scene, &id);
-    // Of those before the agent answers hardly any is left; those of the container are not in the working set.
-    assert!(ahead > 0.0 && faults < faults_without * 0.75, "{faults} of {faults_without}, {ahead} ahead");
+    // A container was started for the working set too: what is left is what this one does differently.
+    assert!(ahead > 0.0 && faults < faults_without * 0.5, "{faults} of {faults_without}, {ahead} ahead");
     assert_eq!(scene.exec(&id, &["echo", "well"]).ok().stdout, "well\n");
     let mut starts = Vec::new();
     scene.wait_for("the start's trace", || {
