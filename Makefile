@@ -81,7 +81,7 @@ deny: ## Check the licences of everything that is linked (needs cargo-deny)
 
 # The agent is static and carries the C library of libseccomp: the target's flags must not reach build scripts, so
 # the target is named.
-$(AGENT): export RUSTFLAGS := -C target-feature=+crt-static
+$(AGENT): export RUSTFLAGS := -C target-feature=+crt-static -C relocation-model=static
 $(AGENT): export LIBSECCOMP_LINK_TYPE := static
 $(AGENT): export LIBSECCOMP_LIB_PATH := /usr/lib/x86_64-linux-gnu
 $(AGENT): setup FORCE

@@ -49,6 +49,12 @@ pub const STAGES: [&str; 6] = [
     "T5→T6 to its first output",
 ];
 
+/// The time now, by the clock of the trace lines.
+pub fn now() -> u64 {
+    let time = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).map(Duration::from);
+    time.map_or(0, |time| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX))
+}
+
 impl Start {
     /// Every start that the file has a line of.
     pub fn read(path: &Path) -> Result<Vec<Self>> {
