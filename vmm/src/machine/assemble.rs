@@ -18,6 +18,7 @@ use devices::virtio::{MmioTransport, WriteLog};
 
 use super::attach::{self, AttachError, VirtioSlots};
 use super::exit::{ExitReason, panic_message};
+use super::live::Live;
 use super::{BuildError, Hardware, Machine};
 use crate::arch::x86_64::{cpuid, layout};
 use crate::bus::Bus;
@@ -45,6 +46,7 @@ pub(super) struct Assembly {
     loops: Vec<Arc<LoopThread>>,
     // Dropped after the threads that may wait for it, and before the memory.
     lazy: Option<LazyMemory>,
+    live: Live,
     hardware: Hardware,
 }
 
@@ -104,6 +106,7 @@ impl Assembly {
             slots: replaceable,
             loops,
             lazy: None,
+            live: Live::new(confinement),
             hardware,
         })
     }
@@ -184,12 +187,27 @@ impl Assembly {
             slots,
             loops,
             lazy,
+            live,
             mut hardware,
         } = self;
         hardware.cpuid = cpuid;
         seat_processors(seats, processors, &buses, &control, &trace)?;
         let hardware = Mutex::new(Some(hardware));
-        Ok(Machine { name, control, trace, serial, vsock, balloon, pluggable, shares, slots, loops, lazy, hardware })
+        Ok(Machine {
+            name,
+            control,
+            trace,
+            serial,
+            vsock,
+            balloon,
+            pluggable,
+            shares,
+            slots,
+            loops,
+            lazy,
+            live,
+            hardware,
+        })
     }
 }
 

@@ -1,10 +1,11 @@
-//! A machine's life, one verb to a file: assemble, attach, build, boot, run, pause, peek, plug, snapshot, restore, stop, exit.
+//! A machine's life, one verb to a file: assemble, attach, build, boot, run, pause, peek, plug, snapshot, live (a snapshot of a guest that runs), restore, stop, exit.
 
 mod assemble;
 mod attach;
 mod boot;
 mod build;
 pub mod exit;
+mod live;
 mod pause;
 mod peek;
 mod plug;
@@ -38,10 +39,13 @@ use crate::observe::TracePoints;
 use crate::vcpu::{Control, VcpuThread};
 use seccomp::Role;
 
+use live::Live;
+
 pub use attach::AttachError;
 pub use boot::BootError;
 pub use build::BuildError;
 pub use exit::ExitReason;
+pub use live::{Copied, LiveSnapshot};
 pub use restore::RestoreError;
 pub use run::{RunState, StateError};
 
@@ -71,6 +75,7 @@ pub struct Machine {
     loops: Vec<Arc<LoopThread>>,
     /// What brings memory page by page, where that is how it comes.
     lazy: Option<LazyMemory>,
+    live: Live,
     /// Gone when the machine was stopped.
     hardware: Mutex<Option<Hardware>>,
 }

@@ -155,7 +155,7 @@ fn read(region: &Region, chunk: &mut [u8], offset: u64) -> io::Result<()> {
 }
 
 /// Writes the runs of pages that are not zeros; true when there are none.
-fn write_pages(chunk: &[u8], file: &File, start: u64) -> io::Result<bool> {
+pub(super) fn write_pages(chunk: &[u8], file: &File, start: u64) -> io::Result<bool> {
     const PAGE: usize = 4096;
     static ZEROS: [u8; PAGE] = [0; PAGE];
     let is_zero = |page: &&[u8]| ZEROS.starts_with(page);
@@ -172,6 +172,48 @@ fn write_pages(chunk: &[u8], file: &File, start: u64) -> io::Result<bool> {
         offset += length;
     }
     Ok(zero)
+}
+
+/// What the manifest says of a memory file that has its contents already.
+pub(crate) fn describe(file: &File, length: u64) -> io::Result<MemoryFile> {
+    let mut sha256 = Vec::new();
+    let mut buffer = vec![0; usize::try_from(CHUNK).map_err(io::Error::other)?];
+    let mut offset = 0;
+    while offset < length {
+        let piece = CHUNK.min(length - offset);
+        let chunk = buffer.get_mut(..usize::try_from(piece).map_err(io::Error::other)?).unwrap_or_default();
+        file.read_exact_at(chunk, offset)?;
+        let zero = chunk.iter().all(|byte| *byte == 0);
+        sha256.push((!zero).then(|| hex(&Sha256::digest(&*chunk))));
+        offset += piece;
+    }
+    Ok(MemoryFile { length, chunk: CHUNK, sha256 })
+}
+
+/// Which pages of a memory may have something in them, at one moment.
+pub(super) struct Existing(Vec<(u64, Touched)>);
+
+impl Existing {
+    pub fn of(memory: &GuestMemory) -> io::Result<Self> {
+        let mut end = 0;
+        let regions = memory.iter().map(|region| {
+            end += region.len();
+            Ok((end, Touched::of(region)?))
+        });
+        regions.collect::<io::Result<_>>().map(Self)
+    }
+
+    /// Whether the page at an offset of the memory is one of them.
+    pub fn has(&self, offset: u64) -> bool {
+        let mut start = 0;
+        for (end, touched) in &self.0 {
+            if offset < *end {
+                return touched.any(offset - start, PAGE_SIZE);
+            }
+            start = *end;
+        }
+        false
+    }
 }
 
 /// Which pages of an anonymous region exist. Of others, nobody knows what the file has.
