@@ -54,7 +54,7 @@ impl Machine {
     /// After an error there is no snapshot, and the guest has lost nothing. While this is under way other snapshots are refused, and
     /// [`stop`](Self::stop) ends it. Devices that take memory away from the guest, such as a balloon, do not until it is done.
     pub fn snapshot_live(&self, directory: &Path) -> Result<LiveSnapshot, SnapshotError> {
-        let mut turn = self.live.begin()?;
+        let turn = self.live.begin()?;
         self.expect_alive(self.state() != RunState::Ended)?;
         let draft = Draft::begin(directory)?;
         let (file, path) = draft.open(MEMORY)?;
@@ -78,6 +78,12 @@ impl Machine {
             }
         }
         Ok(LiveSnapshot { stood_still: moment.stood_still, copied: moment.copied })
+    }
+
+    /// How many bytes of memory a [`snapshot_live`](Self::snapshot_live) that is under way has copied, and of how many; none is under way where
+    /// this is `None`. All are copied some time before it returns.
+    pub fn live_progress(&self) -> Option<(u64, u64)> {
+        self.live.progress()
     }
 
     /// The state of a moment, with all that was in memory then in `file`.
@@ -262,7 +268,7 @@ enum Stage {
     /// The machine's memory is needed.
     Copying(Arc<Progress>),
     /// It is not any more.
-    Writing,
+    Writing(Arc<Progress>),
 }
 
 impl Live {
@@ -289,6 +295,15 @@ impl Live {
     pub fn wait_until_copied(&self) {
         let copying = |stage: &mut Stage| matches!(stage, Stage::Copying(_));
         drop(self.changed.wait_while(self.lock(), copying).unwrap_or_else(PoisonError::into_inner));
+    }
+
+    fn progress(&self) -> Option<(u64, u64)> {
+        match &*self.lock() {
+            Stage::Idle => None,
+            Stage::Copying(progress) | Stage::Writing(progress) => {
+                Some((progress.done.load(Ordering::Relaxed), progress.total.load(Ordering::Relaxed)))
+            }
+        }
     }
 
     fn begin(&self) -> Result<Turn<'_>, SnapshotError> {
@@ -318,8 +333,8 @@ struct Turn<'a> {
 }
 
 impl Turn<'_> {
-    fn copied(&mut self) {
-        self.live.set(Stage::Writing);
+    fn copied(&self) {
+        self.live.set(Stage::Writing(Arc::clone(&self.progress)));
     }
 }
 
