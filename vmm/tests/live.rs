@@ -16,7 +16,6 @@ use vmm::{
 };
 
 const SHUTDOWN: u8 = 4;
-const SIZE: u64 = 128 << 20;
 /// Where the guest puts its numbers, one to a page.
 const DATA: u32 = 0x40_0000;
 const PAGES: u32 = 16 << 8;
@@ -134,7 +133,7 @@ fn forks(machine: &Machine) -> u64 {
 fn printed(machine: &Machine, text: &str) {
     let deadline = Instant::now() + Duration::from_secs(20);
     while !console(machine).contains(text) {
-        assert!(Instant::now() < deadline, "{:?}", console(machine));
+        assert!(Instant::now() < deadline, "{:?} {:?}", console(machine), machine.exit_reason());
         std::thread::yield_now();
     }
 }
@@ -353,19 +352,19 @@ fn a_disk_that_is_full_costs_the_guest_nothing() {
 fn what_is_put_into_the_balloon_meanwhile_is_in_the_snapshot() {
     need_uffd!();
     const MARK: u32 = 0x6567_6170;
-    // What takes a while to copy, and after it the page.
-    const FILLED: u32 = 0x100_0000;
+    // What takes a while to copy, above the code, and after it the page.
+    const FILLED: u32 = 0x200_0000;
     const GIVEN: u32 = 0x700_0000;
     let code = bring_up(see_above(), 0, 0, &[0, 1]).put(GIVEN, MARK).put(REQUEST, GIVEN >> 12);
-    // mov edi, FILLED; mov ecx, words; mov eax, MARK; rep stosd
-    let words = (GIVEN - FILLED) / 4;
-    let code = code.bytes(&[0xbf]).bytes(&FILLED.to_le_bytes()).bytes(&[0xb9]).bytes(&words.to_le_bytes());
-    let code = code.bytes(&[0xb8]).bytes(&MARK.to_le_bytes()).bytes(&[0xf3, 0xab]).print("up");
+    // mov eax, MARK; mov edi, FILLED; mov [rdi], eax; add edi, 4096; cmp edi, GIVEN; jb -16
+    let code = code.bytes(&[0xb8]).bytes(&MARK.to_le_bytes()).bytes(&[0xbf]).bytes(&FILLED.to_le_bytes());
+    let code = code.bytes(&[0x89, 0x07, 0x81, 0xc7, 0, 0x10, 0, 0, 0x81, 0xff]).bytes(&GIVEN.to_le_bytes());
+    let code = code.bytes(&[0x72, 0xf0]).print("up");
     // mov dx, 0x3fd; in al, dx; test al, 1; jz -9: until there is input.
     let code = code.bytes(&[0x66, 0xba, 0xfd, 0x03, 0xec, 0xa8, 0x01, 0x74, 0xf7]);
     let code = request(code, 0, 0, 0, &[(REQUEST.into(), 4, false)]).print("gone");
-    // Beyond what is filled: the code is a flat kernel's at 16 MiB otherwise.
-    let kernel = code.spin().elf();
+
+    let kernel = code.spin().flat();
     let mut config = config(kernel.path());
     config.balloon = Some(BalloonConfig { target: 4096, ..Default::default() });
     let machine = Machine::build(config).expect("build");
