@@ -60,7 +60,7 @@ impl Machine {
         let (file, path) = draft.open(MEMORY)?;
         let failed = |error| match error {
             SnapshotError::Copy(CopyError::Write(source)) => SnapshotError::write(&path)(source),
-            SnapshotError::Copy(CopyError::Stopped) => SnapshotError::Gone,
+            SnapshotError::Copy(CopyError::Stopped) if self.state() == RunState::Ended => SnapshotError::Gone,
             error => error,
         };
         let moment = self.copy_moment(&turn.progress, &file).map_err(failed)?;
@@ -84,6 +84,11 @@ impl Machine {
     /// this is `None`. All are copied some time before it returns.
     pub fn live_progress(&self) -> Option<(u64, u64)> {
         self.live.progress()
+    }
+
+    /// Gives up a [`snapshot_live`](Self::snapshot_live) whose memory is being copied. Does nothing where there is none, or where all is copied.
+    pub fn cancel_live_snapshot(&self) {
+        self.live.hurry();
     }
 
     /// The state of a moment, with all that was in memory then in `file`.
@@ -284,7 +289,7 @@ impl Live {
         }
     }
 
-    /// The machine has ended: nobody shall wait for memory to be copied.
+    /// Nobody shall wait for memory to be copied any more.
     pub fn hurry(&self) {
         if let Stage::Copying(progress) = &*self.lock() {
             progress.stop();

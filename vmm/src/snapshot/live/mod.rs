@@ -57,8 +57,15 @@ pub enum CopyError {
     #[error("The thread that copies guest memory has ended")]
     Thread(#[source] Option<io::Error>),
     /// Nobody wants it any more.
-    #[error("The machine was stopped")]
+    #[error("Copying was given up, as was asked for")]
     Stopped,
+}
+
+impl CopyError {
+    /// Whether this is what somebody asked for.
+    pub(crate) fn is_wanted(&self) -> bool {
+        matches!(self, Self::Stopped)
+    }
 }
 
 /// How far copying has come, and whether it should go on. For whoever asks.
