@@ -105,15 +105,17 @@ impl Machine {
             }
             Err(reason) => Err(reason),
         };
+        let moment = self.live.moment();
         let ran = self.state() == RunState::Running;
         let begin = Instant::now();
-        self.pause()?;
+        self.expect_alive(self.control.pause())?;
         let captured = self.capture(&target, way);
         if ran {
             // Unless it has ended meanwhile.
             let _ = self.control.run();
         }
         let stood_still = begin.elapsed();
+        drop(moment);
         let Captured { state, noted, copying } = captured?;
         let copied = match copying {
             Way::Running(copying, held) => {
@@ -264,6 +266,9 @@ impl Drop for Noted {
 /// The one snapshot of a running machine that can be under way.
 pub(super) struct Live {
     confinement: Confinement,
+    /// Held while the guest stands still, or is told to: whoever else pauses it or lets it run does so before or after. Taken before the
+    /// lock of the hardware.
+    moment: Mutex<()>,
     stage: Mutex<Stage>,
     changed: Condvar,
 }
@@ -278,7 +283,12 @@ enum Stage {
 
 impl Live {
     pub fn new(confinement: Confinement) -> Self {
-        Self { confinement, stage: Mutex::new(Stage::Idle), changed: Condvar::new() }
+        Self { confinement, moment: Mutex::new(()), stage: Mutex::new(Stage::Idle), changed: Condvar::new() }
+    }
+
+    /// Waits until the guest does not stand still for a snapshot.
+    pub fn moment(&self) -> MutexGuard<'_, ()> {
+        self.moment.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Fails while one is under way.

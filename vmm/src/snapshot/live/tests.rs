@@ -9,11 +9,14 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use proptest::prelude::*;
+use vm_memory::{Bytes, GuestAddress, GuestMemory as _};
 
 use super::copier::{RUN, STEP};
-use super::{Contents, Copier, CopyError, Progress};
+use super::{AtRest, Contents, Copier, CopyError, Progress, Protection, layout};
+use crate::config::MemoryConfig;
 use crate::memory::lazy::pages::{Layout, Span};
-use crate::memory::uffd::{Message, Writes};
+use crate::memory::reserve;
+use crate::memory::uffd::{Message, Uffd, Writes};
 
 const PAGE: u64 = 4096;
 const HOST: u64 = 0x10_0000_0000;
@@ -207,4 +210,75 @@ proptest! {
         copier.run().expect("run");
         is_the_moment(&model, &file);
     }
+}
+
+/// Memory in pages of 2 MiB, which the kernel splits, and a part that nobody has touched, by the kernel of this machine.
+#[test]
+fn memory_in_large_pages_is_copied_as_it_was() {
+    const SIZE: u64 = 64 << 20;
+    const USED: u64 = 48 << 20;
+    if let Err(error) = Uffd::open_for_writes() {
+        println!("skipped: {error}");
+        return;
+    }
+    let memory = reserve(&MemoryConfig::from_size(SIZE)).expect("reserve");
+    let host = memory.get_host_address(GuestAddress(0)).expect("address");
+    // SAFETY: the region is a mapping of that length, and the advice changes nothing that is in it.
+    let advised = unsafe { libc::madvise(host.cast(), 64 << 20, libc::MADV_HUGEPAGE) };
+    if advised != 0 {
+        println!("this host has no large pages: small ones");
+    }
+    let write = |offset: u64, value: u64| memory.write_obj(value, GuestAddress(offset)).expect("write");
+    (0..USED).step_by(4096).for_each(|offset| write(offset, offset + 1));
+    let layout = layout(&memory).expect("layout");
+    let protection = Protection::prepare(Arc::clone(&layout)).expect("prepare");
+    let at_rest = AtRest::of(&memory).expect("at rest");
+    protection.protect().expect("protect");
+    let file = tempfile::tempfile().expect("file");
+    file.set_len(SIZE).expect("length");
+    let progress = Arc::new(Progress::default());
+    let copy = file.try_clone().expect("clone");
+    let mut copier = Copier::new(protection, at_rest, layout, copy, Arc::clone(&progress));
+    std::thread::scope(|scope| {
+        // From the end, where copying has not come to.
+        let writer = scope.spawn(|| (0..SIZE / PAGE).rev().for_each(|page| write(page * PAGE, 7)));
+        // It waits for a page, so that there is somebody to be served.
+        while memory.read_obj::<u64>(GuestAddress(USED)).expect("read") == 0 {
+            std::thread::yield_now();
+        }
+        copier.run().expect("run");
+        drop(copier);
+        writer.join().expect("join");
+    });
+    assert!(progress.waits.load(std::sync::atomic::Ordering::Relaxed) > 0);
+    let mut bytes = [0; 8];
+    for offset in (0..SIZE).step_by(4096) {
+        file.read_exact_at(&mut bytes, offset).expect("read");
+        assert_eq!(u64::from_le_bytes(bytes), if offset < USED { offset + 1 } else { 0 }, "{offset:#x}");
+        assert_eq!(memory.read_obj::<u64>(GuestAddress(offset)).expect("read"), 7);
+    }
+}
+
+/// Whoever waits goes on when the descriptor is dropped, as it is when a thread panics, and finds what was there.
+#[test]
+fn nobody_waits_for_a_copier_that_is_gone() {
+    if let Err(error) = Uffd::open_for_writes() {
+        println!("skipped: {error}");
+        return;
+    }
+    let memory = reserve(&MemoryConfig::from_size(32 << 20)).expect("reserve");
+    memory.write_obj(1_u32, GuestAddress(0x1000)).expect("write");
+    let protection = Protection::prepare(layout(&memory).expect("layout")).expect("prepare");
+    protection.protect().expect("protect");
+    std::thread::scope(|scope| {
+        let writer = scope.spawn(|| memory.write_obj(2_u32, GuestAddress(0x1004)).expect("write"));
+        let mut messages = Vec::new();
+        while messages.is_empty() {
+            protection.read(&mut messages).expect("read");
+        }
+        assert!(!writer.is_finished());
+        drop(protection);
+        writer.join().expect("join");
+    });
+    assert_eq!(memory.read_obj::<u64>(GuestAddress(0x1000)).expect("read"), 0x2_0000_0001);
 }
