@@ -12,7 +12,8 @@ use support::{Code, EXIT_PORT, chain, config, console, wait};
 use vmm::memory::uffd::Uffd;
 use vmm::snapshot::{Manifest, SnapshotError, verify};
 use vmm::{
-    BalloonConfig, Copied, ExitReason, LazyConfig, LiveSnapshot, Machine, MachineConfig, MemoryBacking, RestoreMemory,
+    BalloonConfig, Copied, ExitReason, LazyConfig, LiveSnapshot, Machine, MachineConfig, MemoryBacking, Placement,
+    RestoreMemory,
 };
 
 const SHUTDOWN: u8 = 4;
@@ -201,6 +202,35 @@ fn memory_that_cannot_be_protected_is_copied_while_the_guest_stands_still() {
     }
     goes_on(&restored);
     is_one_moment(place.path());
+}
+
+/// An image that is mapped into memory is part of it, whether the guest has looked at it or not.
+#[test]
+fn an_image_that_was_mapped_is_in_the_snapshot() {
+    need_uffd!();
+    const IMAGE: usize = 8 << 20;
+    let mut image = support::elf(Code::new().print("up").spin().as_bytes(), false);
+    // One segment, which goes on with what is no code.
+    image.resize(0x1000 + IMAGE, 0x5a);
+    for field in [64 + 32, 64 + 40] {
+        image[field..field + 8].copy_from_slice(&(IMAGE as u64).to_le_bytes());
+    }
+    let kernel = support::file(&image);
+    let mut config = config(kernel.path());
+    config.images = Placement::Mapped;
+    let machine = Machine::build(config).expect("build");
+    machine.start().expect("start");
+    printed(&machine, "up");
+    let place = tempfile::tempdir().expect("directory");
+    let at = |name: &str| place.path().join(name);
+    live(&machine, &at("live"));
+    machine.snapshot(&at("still")).expect("snapshot");
+    for name in ["live", "still"] {
+        let memory = fs::File::open(at(name).join("memory")).expect("memory");
+        let mut bytes = vec![0; IMAGE];
+        memory.read_exact_at(&mut bytes, support::ELF_BASE).expect("read");
+        assert!(bytes[..] == image[0x1000..], "{name}");
+    }
 }
 
 #[test]

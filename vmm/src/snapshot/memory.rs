@@ -1,7 +1,8 @@
 //! The memory file.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -217,27 +218,51 @@ impl Existing {
 }
 
 /// Which pages of an anonymous region exist. Of others, nobody knows what the file has.
-struct Touched(Option<Vec<u64>>);
+struct Touched(Option<Pages>);
+
+/// The pages of an anonymous region.
+struct Pages {
+    /// An entry of `/proc/self/pagemap` for each.
+    entries: Vec<u64>,
+    /// Parts over which a file was mapped, as images are: what is not there is in the file.
+    files: Vec<Range<u64>>,
+}
 
 impl Touched {
     fn of(region: &Region) -> io::Result<Self> {
         if region.file_offset().is_some() {
             return Ok(Self(None));
         }
-        let host = region.get_host_address(MemoryRegionAddress(0)).map_err(io::Error::other)?;
+        let host = region.get_host_address(MemoryRegionAddress(0)).map_err(io::Error::other)? as u64;
         let entries = usize::try_from(region.len() / PAGE_SIZE).map_err(io::Error::other)?;
         let mut bytes = vec![0; entries * 8];
-        File::open("/proc/self/pagemap")?.read_exact_at(&mut bytes, host as u64 / PAGE_SIZE * 8)?;
+        File::open("/proc/self/pagemap")?.read_exact_at(&mut bytes, host / PAGE_SIZE * 8)?;
         let (entries, _) = bytes.as_chunks::<8>();
-        Ok(Self(Some(entries.iter().map(|entry| u64::from_le_bytes(*entry)).collect())))
+        let entries = entries.iter().map(|entry| u64::from_le_bytes(*entry)).collect();
+        let files = file_mappings(&fs::read_to_string("/proc/self/maps")?, host..host + region.len());
+        Ok(Self(Some(Pages { entries, files })))
     }
 
     fn any(&self, offset: u64, length: u64) -> bool {
-        let Some(entries) = &self.0 else { return true };
+        let Some(Pages { entries, files }) = &self.0 else { return true };
         let index = |bytes: u64| usize::try_from(bytes / PAGE_SIZE).unwrap_or(usize::MAX);
         let pages = entries.get(index(offset)..index(offset + length));
         pages.is_none_or(|pages| pages.iter().any(|entry| entry & PRESENT_OR_SWAPPED != 0))
+            || files.iter().any(|file| file.start < offset + length && offset < file.end)
     }
+}
+
+/// Where in a range of host addresses files are mapped, from its start, by the lines of `/proc/self/maps`: the range, rights, offset, device and
+/// inode of a mapping, which is 0 where there is no file.
+fn file_mappings(maps: &str, host: Range<u64>) -> Vec<Range<u64>> {
+    let mapping = |line: &str| {
+        let mut words = line.split_ascii_whitespace();
+        let (start, end) = words.next()?.split_once('-')?;
+        let address = |text| u64::from_str_radix(text, 16).ok();
+        let (start, end) = (address(start)?.max(host.start), address(end)?.min(host.end));
+        (words.nth(3)? != "0" && start < end).then(|| start - host.start..end - host.start)
+    };
+    maps.lines().filter_map(mapping).collect()
 }
 
 /// Opens the memory file for mapping. Its size is what the manifest says, so that no page of the mapping is missing.
@@ -307,4 +332,22 @@ fn verify_memory((directory, manifest, file): (&Path, &Manifest, &File)) -> Resu
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_are_found_in_a_memory_map() {
+        let maps = "\
+            00001000-00005000 rw-p 00000000 00:00 0 \n\
+            00005000-00007000 rw-p 00003000 fe:00 4711                       /a kernel\n\
+            00007000-00009000 rw-p 00000000 00:00 0                          [anon: guest]\n\
+            0000f000-00013000 rw-s 00000000 00:01 12                         /memfd:x (deleted)\n\
+            no line of a map\n";
+        assert_eq!(file_mappings(maps, 0x1000..0x11000), [0x4000..0x6000, 0xe000..0x10000]);
+        assert_eq!(file_mappings(maps, 0x6000..0x7000), [0..0x1000]);
+        assert_eq!(file_mappings(maps, 0x7000..0xf000), []);
+    }
 }
