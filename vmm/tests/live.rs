@@ -210,8 +210,9 @@ fn an_image_that_was_mapped_is_in_the_snapshot() {
     need_uffd!();
     const IMAGE: usize = 8 << 20;
     let mut image = support::elf(Code::new().print("up").spin().as_bytes(), false);
-    // One segment, which goes on with what is no code.
+    // One segment that is not written to, which goes on with what is no code.
     image.resize(0x1000 + IMAGE, 0x5a);
+    image[64 + 4] = 5;
     for field in [64 + 32, 64 + 40] {
         image[field..field + 8].copy_from_slice(&(IMAGE as u64).to_le_bytes());
     }
