@@ -12,8 +12,8 @@ use support::{Code, EXIT_PORT, chain, config, console, wait};
 use vmm::memory::uffd::Uffd;
 use vmm::snapshot::{Manifest, SnapshotError, verify};
 use vmm::{
-    BalloonConfig, Copied, ExitReason, LazyConfig, LiveSnapshot, Machine, MachineConfig, MemoryBacking, Placement,
-    RestoreMemory,
+    BalloonConfig, Copied, ExitReason, LazyConfig, LiveSnapshot, Machine, MachineConfig, MemoryBacking, MemoryConfig,
+    Placement, RestoreMemory,
 };
 
 const SHUTDOWN: u8 = 4;
@@ -75,9 +75,14 @@ fn goes_on(machine: &Machine) {
 
 fn build(adapt: impl FnOnce(&mut MachineConfig)) -> Machine {
     let kernel = generations().pvh();
-    let mut config = config(kernel.path());
+    let mut config = small(kernel.path());
     adapt(&mut config);
     Machine::build(config).expect("build")
+}
+
+/// Checksums take most of these tests' time.
+fn small(kernel: &Path) -> MachineConfig {
+    MachineConfig { memory: MemoryConfig::from_mib(32), ..config(kernel) }
 }
 
 fn started(adapt: impl FnOnce(&mut MachineConfig)) -> Machine {
@@ -88,7 +93,7 @@ fn started(adapt: impl FnOnce(&mut MachineConfig)) -> Machine {
 }
 
 fn restore_config() -> MachineConfig {
-    config(Path::new("/no kernel is needed"))
+    small(Path::new("/no kernel is needed"))
 }
 
 fn live(machine: &Machine, directory: &Path) -> LiveSnapshot {
@@ -197,11 +202,43 @@ fn memory_that_cannot_be_protected_is_copied_while_the_guest_stands_still() {
     let place = tempfile::tempdir().expect("directory");
     let taken = live(&restored, place.path());
     match taken.copied {
-        Copied::Still { reason } => println!("stood still for {:?}: {}", taken.stood_still, chain(&reason)),
+        Copied::Written { reason } => println!("stood still for {:?}: {}", taken.stood_still, chain(&reason)),
         Copied::Running { .. } => println!("the target directory is in memory"),
+        Copied::Still { .. } => panic!("{taken:?}"),
     }
     goes_on(&restored);
     is_one_moment(place.path());
+    // What no snapshot has is copied as a whole.
+    let file = tempfile::tempfile_in(env!("CARGO_TARGET_TMPDIR")).expect("file");
+    let machine = started(|config| config.memory.backing = MemoryBacking::File { file, shared: true });
+    let taken = live(&machine, place.path());
+    assert!(!matches!(taken.copied, Copied::Written { .. }), "{taken:?}");
+    goes_on(&machine);
+    is_one_moment(place.path());
+}
+
+/// Of a difference over a whole snapshot on a disk, each page comes from the layer that has it, and what was written from memory.
+#[test]
+fn a_machine_of_layers_on_a_disk_forks() {
+    need_uffd!();
+    let on_disk = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("directory");
+    let at = |name: &str| on_disk.path().join(name);
+    let machine = started(|_| {});
+    machine.track_writes().expect("track");
+    machine.snapshot(&at("whole")).expect("snapshot");
+    machine.resume().expect("resume");
+    machine.snapshot_diff(&at("difference"), &at("whole")).expect("difference");
+    drop(machine);
+    // Nothing was written yet: all comes from the layers.
+    let restored = Machine::restore(restore_config(), &at("difference")).expect("restore");
+    live(&restored, &at("same"));
+    restored.snapshot(&at("still")).expect("snapshot");
+    let sums = |name: &str| Manifest::read(&at(name)).expect("manifest").memory;
+    assert_eq!(sums("same"), sums("still"));
+    restored.start().expect("start");
+    live(&restored, &at("fork"));
+    goes_on(&restored);
+    is_one_moment(&at("fork"));
 }
 
 /// An image that is mapped into memory is part of it, whether the guest has looked at it or not.

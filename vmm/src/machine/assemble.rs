@@ -27,6 +27,7 @@ use crate::event::LoopThread;
 use crate::hotplug::Slots;
 use crate::irq;
 use crate::memory::lazy::{LazyError, LazyMemory};
+use crate::memory::source::Source;
 use crate::memory::{self, Above, PluggableRegion};
 use crate::observe::TracePoints;
 use crate::vcpu::{Buses, Control, Seat, SpawnError};
@@ -92,7 +93,17 @@ impl Assembly {
         config.console.map(|config| slots.console(config)).transpose()?;
         let (loops, transports) = slots.into_parts();
         let buses = Buses { port: Arc::new(port), mmio: Arc::new(mmio) };
-        let hardware = Hardware { vm, transports, _above: above, memory, kvm, cpuid: Vec::new(), writes, base: None };
+        let hardware = Hardware {
+            vm,
+            transports,
+            _above: above,
+            memory,
+            kvm,
+            cpuid: Vec::new(),
+            writes,
+            base: None,
+            template: None,
+        };
         Ok(Self {
             name: config.name,
             control,
@@ -118,6 +129,11 @@ impl Assembly {
     /// The machine goes on from the snapshot of this identity.
     pub(super) fn restored_from(&mut self, identity: &str) {
         self.hardware.base = Some(identity.to_owned());
+    }
+
+    /// Memory is a private mapping of what `template` has.
+    pub(super) fn mapped_from(&mut self, template: Box<dyn Source>) {
+        self.hardware.template = Some(Arc::new(Mutex::new(template)));
     }
 
     pub(super) fn serial(&self) -> &Serial {

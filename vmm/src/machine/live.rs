@@ -14,8 +14,10 @@ use devices::virtio::{MmioTransport, WriteLog};
 use super::snapshot::Parked;
 use super::{Hardware, Machine, RunState};
 use crate::memory::lazy::pages::Layout;
-use crate::memory::uffd::UffdError;
-use crate::snapshot::live::{self, AtRest, Copier, CopierThread, CopyError, Copying, Progress, Protection, Still};
+use crate::memory::uffd::{UffdError, Writes};
+use crate::snapshot::live::{
+    self, AtRest, Contents, Copier, CopierThread, CopyError, Copying, Progress, Protection, Still, Untouched,
+};
 use crate::snapshot::{Draft, MEMORY, MachineState, SnapshotError, describe_memory, dirty};
 use crate::vcpu::Control;
 
@@ -36,7 +38,13 @@ pub enum Copied {
         /// How often somebody had to wait until a page was copied that was to be written.
         waits: u64,
     },
-    /// While the guest stood still, for the host cannot make writes to its memory wait.
+    /// What the guest had written since it was restored while it stood still, the rest from the snapshot that it was restored from: the host
+    /// cannot make writes to its memory wait.
+    Written {
+        /// Why not.
+        reason: UffdError,
+    },
+    /// All while the guest stood still, likewise.
     Still {
         /// Why not.
         reason: UffdError,
@@ -48,8 +56,8 @@ impl Machine {
     /// until its devices and processors are saved and its memory is protected, and whoever wants to write to a page after that waits until
     /// that is copied. Returns when all is on the disk. A machine that did not run does not run after it either.
     ///
-    /// Memory that cannot be protected, such as the private mapping of a file on a disk, is copied before the guest goes on:
-    /// [`LiveSnapshot::copied`] says so. Drives are not copied, and go on changing with the guest.
+    /// Memory that cannot be protected, as that of files on a disk, is copied before the guest goes on; of a restored machine what it has
+    /// written. [`LiveSnapshot::copied`] says so. Drives are not copied, and go on changing with the guest.
     ///
     /// After an error there is no snapshot, and the guest has lost nothing. While this is under way other snapshots are refused, and
     /// [`stop`](Self::stop) ends it. Devices that take memory away from the guest, such as a balloon, do not until it is done.
@@ -123,6 +131,10 @@ impl Machine {
                 drop(held);
                 Copied::Running { waits: progress.waits.load(Ordering::Relaxed) }
             }
+            Way::Written(reason, mut rest) => {
+                rest.run()?;
+                Copied::Written { reason }
+            }
             Way::Still(reason) => Copied::Still { reason },
         };
         Ok(Moment { stood_still, state, noted, copied })
@@ -144,16 +156,21 @@ impl Machine {
         // Saving makes KVM write to guest memory.
         let state = self.save_state(hardware, &parked)?;
         let noted = hardware.writes.is_kept().then(|| Noted::take(hardware)).transpose()?;
-        let at_rest = AtRest::of(&target.memory)?;
-        let copying = match way {
-            Ok((protection, thread)) => {
+        let copying = match (way, &hardware.template) {
+            (Ok((protection, thread)), _) => {
+                let at_rest = AtRest::of(&target.memory)?;
                 protection.protect()?;
                 let held = Held::new(&hardware.transports, Arc::clone(&self.control));
                 // Devices may write to memory when they go on: the thread must be at work.
                 Way::Running(thread.begin(target.copier(protection, at_rest)?)?, held)
             }
-            Err(reason) => {
-                target.copier(Still, at_rest)?.run()?;
+            (Err(reason), Some(template)) => {
+                let (written, untouched) = AtRest::over(&target.memory, Arc::clone(template))?;
+                target.copier(Still, written)?.run()?;
+                Way::Written(reason, target.copier(Still, untouched)?)
+            }
+            (Err(reason), None) => {
+                target.copier(Still, AtRest::of(&target.memory)?)?.run()?;
                 Way::Still(reason)
             }
         };
@@ -183,6 +200,7 @@ struct Captured {
 
 enum Way {
     Running(Copying, Held),
+    Written(UffdError, Copier<Still, Untouched>),
     Still(UffdError),
 }
 
@@ -203,11 +221,7 @@ impl Target {
         Ok(Self { memory, layout, file, progress: Arc::clone(progress) })
     }
 
-    fn copier<W: crate::memory::uffd::Writes>(
-        &self,
-        writes: W,
-        contents: AtRest,
-    ) -> Result<Copier<W, AtRest>, CopyError> {
+    fn copier<W: Writes, C: Contents>(&self, writes: W, contents: C) -> Result<Copier<W, C>, CopyError> {
         let file = self.file.try_clone().map_err(CopyError::Write)?;
         Ok(Copier::new(writes, contents, Arc::clone(&self.layout), file, Arc::clone(&self.progress)))
     }

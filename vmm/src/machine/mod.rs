@@ -36,6 +36,7 @@ use crate::hotplug::Slots;
 use crate::memory::Above;
 use crate::memory::lazy::{LazyHandle, LazyMemory};
 use crate::observe::TracePoints;
+use crate::snapshot::live::Template;
 use crate::vcpu::{Control, VcpuThread};
 use seccomp::Role;
 
@@ -89,6 +90,8 @@ struct Hardware {
     _above: Above,
     memory: GuestMemory,
     kvm: Kvm,
+    /// What memory is a private mapping of, where it is that of a snapshot.
+    template: Option<Template>,
     /// What each processor was told about itself.
     cpuid: Vec<Vec<kvm_cpuid_entry2>>,
     /// What was written to memory since the snapshot that is `base`, as far as KVM does not know it.

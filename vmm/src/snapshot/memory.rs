@@ -26,6 +26,9 @@ const CHUNK: u64 = 1 << 20;
 /// Bits of an entry of `/proc/self/pagemap`: the page is present, or in swap.
 const PRESENT_OR_SWAPPED: u64 = 0b11 << 62;
 
+/// The page is the file's; one of a private mapping that was written is not any more.
+const OF_FILE: u64 = 1 << 61;
+
 /// Why the files of a snapshot are not what the manifest says.
 #[derive(Debug, thiserror::Error)]
 pub enum VerifyError {
@@ -196,10 +199,19 @@ pub(super) struct Existing(Vec<(u64, Touched)>);
 
 impl Existing {
     pub fn of(memory: &GuestMemory) -> io::Result<Self> {
+        Self::by(memory, Touched::of)
+    }
+
+    /// Of private mappings of files, the pages that differ from the file, or did: they were written.
+    pub fn written(memory: &GuestMemory) -> io::Result<Self> {
+        Self::by(memory, Touched::written)
+    }
+
+    fn by(memory: &GuestMemory, touched: impl Fn(&Region) -> io::Result<Touched>) -> io::Result<Self> {
         let mut end = 0;
         let regions = memory.iter().map(|region| {
             end += region.len();
-            Ok((end, Touched::of(region)?))
+            Ok((end, touched(region)?))
         });
         regions.collect::<io::Result<_>>().map(Self)
     }
@@ -233,14 +245,15 @@ impl Touched {
         if region.file_offset().is_some() {
             return Ok(Self(None));
         }
-        let host = region.get_host_address(MemoryRegionAddress(0)).map_err(io::Error::other)? as u64;
-        let entries = usize::try_from(region.len() / PAGE_SIZE).map_err(io::Error::other)?;
-        let mut bytes = vec![0; entries * 8];
-        File::open("/proc/self/pagemap")?.read_exact_at(&mut bytes, host / PAGE_SIZE * 8)?;
-        let (entries, _) = bytes.as_chunks::<8>();
-        let entries = entries.iter().map(|entry| u64::from_le_bytes(*entry)).collect();
+        let (host, entries) = pagemap(region)?;
         let files = file_mappings(&fs::read_to_string("/proc/self/maps")?, host..host + region.len());
         Ok(Self(Some(Pages { entries, files })))
+    }
+
+    fn written(region: &Region) -> io::Result<Self> {
+        let (_, mut entries) = pagemap(region)?;
+        entries.iter_mut().filter(|entry| **entry & OF_FILE != 0).for_each(|entry| *entry = 0);
+        Ok(Self(Some(Pages { entries, files: Vec::new() })))
     }
 
     fn any(&self, offset: u64, length: u64) -> bool {
@@ -250,6 +263,16 @@ impl Touched {
         pages.is_none_or(|pages| pages.iter().any(|entry| entry & PRESENT_OR_SWAPPED != 0))
             || files.iter().any(|file| file.start < offset + length && offset < file.end)
     }
+}
+
+/// Where a region is in this process, and what the kernel says of each of its pages.
+fn pagemap(region: &Region) -> io::Result<(u64, Vec<u64>)> {
+    let host = region.get_host_address(MemoryRegionAddress(0)).map_err(io::Error::other)? as u64;
+    let entries = usize::try_from(region.len() / PAGE_SIZE).map_err(io::Error::other)?;
+    let mut bytes = vec![0; entries * 8];
+    File::open("/proc/self/pagemap")?.read_exact_at(&mut bytes, host / PAGE_SIZE * 8)?;
+    let (entries, _) = bytes.as_chunks::<8>();
+    Ok((host, entries.iter().map(|entry| u64::from_le_bytes(*entry)).collect()))
 }
 
 /// Where in a range of host addresses files are mapped, from its start, by the lines of `/proc/self/maps`: the range, rights, offset, device and

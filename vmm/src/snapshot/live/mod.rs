@@ -19,8 +19,8 @@ mod thread;
 mod tests;
 
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use vm_memory::{Bytes, GuestMemory as _, GuestMemoryRegion, MemoryRegionAddress};
 
@@ -30,6 +30,7 @@ use super::memory::Existing;
 use crate::memory::PAGE_SIZE;
 use crate::memory::backing::page_size;
 use crate::memory::lazy::pages::Layout;
+use crate::memory::source::Source;
 use crate::memory::uffd::{Message, Uffd, UffdError, Writes};
 
 pub(crate) use copier::Copier;
@@ -151,6 +152,26 @@ impl Writes for Still {
     }
 }
 
+/// What a restored machine's memory is a private mapping of. It does not change.
+pub(crate) type Template = Arc<Mutex<Box<dyn Source>>>;
+
+/// The pages that the guest had not written when it stood still.
+pub(crate) struct Untouched {
+    template: Template,
+    written: Arc<Existing>,
+}
+
+impl Contents for Untouched {
+    fn exists(&self, offset: u64) -> bool {
+        !self.written.has(offset)
+    }
+
+    fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        let mut template = self.template.lock().unwrap_or_else(PoisonError::into_inner);
+        template.read(offset, buffer).map_err(io::Error::other)
+    }
+}
+
 /// Where `memory` is in this process.
 pub(crate) fn layout(memory: &GuestMemory) -> io::Result<Arc<Layout>> {
     let mut unit = PAGE_SIZE;
@@ -171,14 +192,20 @@ pub(crate) trait Contents {
 /// The guest's memory, with the pages that it had when it stood still.
 pub(crate) struct AtRest {
     memory: GuestMemory,
-    existing: Existing,
+    existing: Arc<Existing>,
 }
 
 impl AtRest {
     /// To be called while nobody writes to `memory`.
     pub fn of(memory: &GuestMemory) -> Result<Self, CopyError> {
         let existing = Existing::of(memory).map_err(CopyError::Read)?;
-        Ok(Self { memory: memory.clone(), existing })
+        Ok(Self { memory: memory.clone(), existing: Arc::new(existing) })
+    }
+
+    /// As [`of`](Self::of), of a private mapping of `template`: the pages that were written, and what has all others.
+    pub fn over(memory: &GuestMemory, template: Template) -> Result<(Self, Untouched), CopyError> {
+        let written = Arc::new(Existing::written(memory).map_err(CopyError::Read)?);
+        Ok((Self { memory: memory.clone(), existing: Arc::clone(&written) }, Untouched { template, written }))
     }
 }
 
