@@ -370,7 +370,7 @@ mod tests {
             0000f000-00013000 rw-s 00000000 00:01 12                         /memfd:x (deleted)\n\
             no line of a map\n";
         assert_eq!(file_mappings(maps, 0x1000..0x11000), [0x4000..0x6000, 0xe000..0x10000]);
-        assert_eq!(file_mappings(maps, 0x6000..0x7000), [0..0x1000]);
+        assert_eq!(file_mappings(maps, 0x6000..0x10000), [0..0x1000, 0x9000..0xa000]);
         assert_eq!(file_mappings(maps, 0x7000..0xf000), []);
     }
 }
