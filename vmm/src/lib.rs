@@ -47,7 +47,7 @@ pub use config::{
 pub use devices::virtio::balloon::{BalloonError, BalloonHandle, GuestStats};
 pub use devices::virtio::mem::{MemError, MemHandle};
 pub use devices::virtio::vsock::{ConnectError, Connector, HostEnd};
-pub use machine::{BuildError, ExitReason, Machine, RestoreError, StateError};
+pub use machine::{BuildError, Copied, ExitReason, LiveSnapshot, Machine, RestoreError, StateError};
 pub use memory::lazy::{Fill, LazyConfig, LazyError, LazyHandle, LazyMetrics};
 pub use memory::working_set::{WorkingSet, WorkingSetError};
 pub use observe::TracePoints;

@@ -78,3 +78,25 @@ fn nothing_is_left_of_a_machine() {
     assert_eq!(holdings(), before);
     assert_eq!(fs::read_dir(share.path()).expect("directory").count(), 0, "a socket is left");
 }
+
+#[test]
+fn nothing_is_left_of_a_snapshot_of_a_machine_that_runs() {
+    need_kvm!();
+    let _alone = ALONE.lock();
+    let kernel = Code::new().spin().flat();
+    let machine = Machine::build(config(kernel.path())).expect("build");
+    machine.start().expect("start");
+    let place = tempfile::tempdir().expect("directory");
+    let file = support::file(b"no directory");
+    machine.snapshot_live(place.path()).expect("snapshot");
+    let before = holdings();
+    for _ in 0..5 {
+        machine.snapshot_live(place.path()).expect("snapshot");
+        machine.snapshot_live(file.path()).expect_err("no directory");
+    }
+    assert_eq!(holdings(), before);
+    let mut names: Vec<_> =
+        fs::read_dir(place.path()).expect("directory").map(|entry| entry.expect("entry").file_name()).collect();
+    names.sort();
+    assert_eq!(names, ["manifest", "memory", "state"]);
+}

@@ -8,7 +8,7 @@ use std::net::Shutdown;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde_json::{Value, json};
@@ -366,6 +366,61 @@ fn migrate_saves_the_machine_and_leaves_it_stopped() {
     assert_eq!(client.fails(migrate("file:/proc/nowhere".into())), "GenericError");
     assert_eq!(client.event()["event"], "STOP");
     assert_eq!(status(&mut client), "failed");
+}
+
+/// Asks until the snapshot in the background has ended, and returns what is told of it then.
+fn outcome(client: &mut Client) -> Value {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        let told = client.call(json!({"execute": "query-migrate"}))["return"].clone();
+        if told["status"] != "active" {
+            return told;
+        }
+        assert!(told["ram"]["transferred"].as_u64() <= told["ram"]["total"].as_u64(), "{told}");
+        assert!(Instant::now() < deadline, "{told}");
+        // Less often than a client may ask.
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn a_machine_is_saved_in_the_background_and_runs_on() {
+    need_kvm!();
+    let host = Host::start(Code::new().spin());
+    let mut client = host.client();
+    let directory = host.directory.path().join("template");
+    let capability = |state: bool| {
+        let capabilities = json!([{"capability": "background-snapshot", "state": state}]);
+        json!({"execute": "migrate-set-capabilities", "arguments": {"capabilities": capabilities}})
+    };
+    let migrate = |uri: String| json!({"execute": "migrate", "arguments": {"uri": uri}});
+    assert_eq!(client.call(capability(true)), ok());
+    assert_eq!(client.call(migrate(format!("file:{}", directory.display()))), ok());
+    // A second one, where the first is not done yet.
+    if client.call(json!({"execute": "query-migrate"}))["return"]["status"] == "active" {
+        let said = client.call(migrate("file:/nowhere".into()));
+        assert!(said["error"]["desc"] == "There's a migration process in progress" || said == ok(), "{said}");
+    }
+    let told = outcome(&mut client);
+    assert_eq!(told["status"], "completed", "{told}");
+    assert!(told["downtime"].as_u64() > Some(0), "{told}");
+    vmm::snapshot::verify(&directory).expect("sound");
+    assert_eq!(client.call(json!({"execute": "query-status"}))["return"]["running"], true);
+    assert_eq!(client.call(migrate("file:/proc/nowhere".into())), ok());
+    let told = outcome(&mut client);
+    assert_eq!(told["status"], "failed", "{told}");
+    assert!(told["error-desc"].as_str().is_some_and(|text| text.starts_with("Cannot write /proc/nowhere")), "{told}");
+    assert_eq!(client.call(json!({"execute": "query-status"}))["return"]["running"], true);
+    // Given up, or too late for that.
+    assert_eq!(client.call(migrate(format!("file:{}", directory.display()))), ok());
+    assert_eq!(client.call(json!({"execute": "migrate_cancel"})), ok());
+    let told = outcome(&mut client);
+    assert!(told["status"] == "cancelled" || told["status"] == "completed", "{told}");
+    vmm::snapshot::verify(&directory).expect("the old one or a new one");
+    // As before.
+    assert_eq!(client.call(capability(false)), ok());
+    assert_eq!(client.call(migrate(format!("file:{}", directory.display()))), ok());
+    assert_eq!(client.event()["event"], "STOP");
 }
 
 #[test]

@@ -1,5 +1,5 @@
 //! A machine that is built and one that is restored from a snapshot, up to the guest's first instruction, in turns in one
-//! process. Prints a Markdown table.
+//! process. Then how long a running machine stands still while it is saved. Prints Markdown tables.
 //!
 //! ```text
 //! restore [RUNS]
@@ -14,10 +14,14 @@ use anyhow::{Context, Result, bail, ensure};
 use benches::guest;
 use benches::table::{markdown, median, milliseconds};
 use vmm::{
-    BalloonConfig, BootConfig, ExitReason, Machine, MachineConfig, MemoryConfig, RngConfig, TracePoints, VsockConfig,
+    BalloonConfig, BootConfig, Copied, ExitReason, Machine, MachineConfig, MemoryConfig, RngConfig, TracePoints,
+    VsockConfig,
 };
 
 const DEFAULT_RUNS: usize = 20;
+
+/// What a machine that is saved while it runs has in use.
+const TOUCHED_MIB: u32 = 64;
 
 /// How long a guest may take to say that it waits.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -73,6 +77,44 @@ fn main() -> Result<()> {
     print!("{}", markdown(&rows(&candidates)));
     println!();
     println!("Medians of {runs} in turns; 1 vCPU, 128 MiB, a guest of a few instructions.");
+    println!();
+    print!("{}", markdown(&stand_still(&place("running"), runs)?));
+    println!();
+    println!("Medians of {runs} in turns of a machine that runs with {TOUCHED_MIB} MiB of 128 in use.");
+    Ok(())
+}
+
+/// How long a running machine stands still for a snapshot, and how long that takes.
+fn stand_still(directory: &Path, runs: usize) -> Result<Vec<Vec<String>>> {
+    let kernel = guest::write_touching(TOUCHED_MIB)?;
+    let machine = Machine::build(bare(kernel.path()))?;
+    machine.start()?;
+    wait_until_it_waits(&machine)?;
+    let (mut still, mut whole, mut live) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..runs {
+        let begin = Instant::now();
+        machine.snapshot(directory)?;
+        machine.resume()?;
+        still.push(begin.elapsed());
+        let begin = Instant::now();
+        let taken = machine.snapshot_live(directory)?;
+        ensure!(matches!(taken.copied, Copied::Running { .. }), "Its memory cannot be protected: {taken:?}");
+        whole.push(begin.elapsed());
+        live.push(taken.stood_still);
+    }
+    let row = |name: &str, still: &[Duration], all: &[Duration]| {
+        vec![name.to_owned(), milliseconds(median(still.iter().copied())), milliseconds(median(all.iter().copied()))]
+    };
+    let head = ["", "stands still", "all is on the disk"].map(String::from).to_vec();
+    Ok(vec![head, row("saved, then resumed", &still, &still), row("saved while it runs", &live, &whole)])
+}
+
+fn wait_until_it_waits(machine: &Machine) -> Result<()> {
+    let begin = Instant::now();
+    while machine.console_tail() != b"w" {
+        ensure!(begin.elapsed() < PATIENCE, "The guest that waits does not say so");
+        std::thread::yield_now();
+    }
     Ok(())
 }
 
@@ -95,11 +137,7 @@ fn save(directory: &Path, whole: Option<&Path>, configure: fn(&Path) -> MachineC
     let machine = Machine::build(configure(kernel.path()))?;
     machine.track_writes()?;
     machine.start()?;
-    let begin = Instant::now();
-    while machine.console_tail() != b"w" {
-        ensure!(begin.elapsed() < PATIENCE, "The guest that waits does not say so");
-        std::thread::yield_now();
-    }
+    wait_until_it_waits(&machine)?;
     match whole {
         None => machine.snapshot(directory)?,
         Some(whole) => {

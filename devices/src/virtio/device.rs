@@ -50,6 +50,11 @@ pub trait VirtioDevice: Send {
         true
     }
 
+    /// Whether the device takes pages of guest memory away, with what is in them, as a balloon does.
+    fn discards_memory(&self) -> bool {
+        false
+    }
+
     /// Makes the active half. It must look at its queues once when its loop calls `init`: the
     /// driver may have filled them before it set `DRIVER_OK`.
     fn activate(&mut self, activation: Activation) -> Result<Subscriber, ActivateError>;

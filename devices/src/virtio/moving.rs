@@ -231,6 +231,27 @@ fn a_device_is_saved_in_all_its_states_and_not_while_it_works() {
     assert!(matches!(running.guest.transport.save(), Err(SaveError::Active { device_type: 4 })));
 }
 
+/// Whatever its driver does: it resets the device and brings it up again here.
+#[test]
+fn a_device_that_is_held_does_nothing_until_it_is_released() {
+    let running = Guest::new(rng()).start(0);
+    running.guest.transport.park();
+    running.guest.transport.hold();
+    running.guest.transport.unpark();
+    let saved = || running.guest.transport.save();
+    assert!(saved().is_ok(), "not active");
+    running.guest.transport.reset();
+    assert!(running.guest.negotiate(0));
+    running.guest.set_up_queue(0, &running.rings[0]);
+    running.guest.set_status(0xf);
+    assert_eq!(saved().unwrap().status, 0xf);
+    running.guest.transport.release();
+    assert!(matches!(saved(), Err(SaveError::Active { device_type: 4 })));
+    // A second time there is nothing to release.
+    running.guest.transport.release();
+    assert!(matches!(saved(), Err(SaveError::Active { device_type: 4 })));
+}
+
 #[test]
 fn a_device_that_gave_up_stays_so_until_its_driver_resets_it() {
     let running = Guest::new(rng()).start(0);

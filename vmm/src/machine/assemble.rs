@@ -18,6 +18,7 @@ use devices::virtio::{MmioTransport, WriteLog};
 
 use super::attach::{self, AttachError, VirtioSlots};
 use super::exit::{ExitReason, panic_message};
+use super::live::Live;
 use super::{BuildError, Hardware, Machine};
 use crate::arch::x86_64::{cpuid, layout};
 use crate::bus::Bus;
@@ -26,6 +27,7 @@ use crate::event::LoopThread;
 use crate::hotplug::Slots;
 use crate::irq;
 use crate::memory::lazy::{LazyError, LazyMemory};
+use crate::memory::source::Source;
 use crate::memory::{self, Above, PluggableRegion};
 use crate::observe::TracePoints;
 use crate::vcpu::{Buses, Control, Seat, SpawnError};
@@ -45,6 +47,7 @@ pub(super) struct Assembly {
     loops: Vec<Arc<LoopThread>>,
     // Dropped after the threads that may wait for it, and before the memory.
     lazy: Option<LazyMemory>,
+    live: Live,
     hardware: Hardware,
 }
 
@@ -90,7 +93,17 @@ impl Assembly {
         config.console.map(|config| slots.console(config)).transpose()?;
         let (loops, transports) = slots.into_parts();
         let buses = Buses { port: Arc::new(port), mmio: Arc::new(mmio) };
-        let hardware = Hardware { vm, transports, _above: above, memory, kvm, cpuid: Vec::new(), writes, base: None };
+        let hardware = Hardware {
+            vm,
+            transports,
+            _above: above,
+            memory,
+            kvm,
+            cpuid: Vec::new(),
+            writes,
+            base: None,
+            template: None,
+        };
         Ok(Self {
             name: config.name,
             control,
@@ -104,6 +117,7 @@ impl Assembly {
             slots: replaceable,
             loops,
             lazy: None,
+            live: Live::new(confinement),
             hardware,
         })
     }
@@ -115,6 +129,11 @@ impl Assembly {
     /// The machine goes on from the snapshot of this identity.
     pub(super) fn restored_from(&mut self, identity: &str) {
         self.hardware.base = Some(identity.to_owned());
+    }
+
+    /// Memory is a private mapping of what `template` has.
+    pub(super) fn mapped_from(&mut self, template: Box<dyn Source>) {
+        self.hardware.template = Some(Arc::new(Mutex::new(template)));
     }
 
     pub(super) fn serial(&self) -> &Serial {
@@ -184,12 +203,27 @@ impl Assembly {
             slots,
             loops,
             lazy,
+            live,
             mut hardware,
         } = self;
         hardware.cpuid = cpuid;
         seat_processors(seats, processors, &buses, &control, &trace)?;
         let hardware = Mutex::new(Some(hardware));
-        Ok(Machine { name, control, trace, serial, vsock, balloon, pluggable, shares, slots, loops, lazy, hardware })
+        Ok(Machine {
+            name,
+            control,
+            trace,
+            serial,
+            vsock,
+            balloon,
+            pluggable,
+            shares,
+            slots,
+            loops,
+            lazy,
+            live,
+            hardware,
+        })
     }
 }
 

@@ -1,10 +1,11 @@
-//! A machine's life, one verb to a file: assemble, attach, build, boot, run, pause, peek, plug, snapshot, restore, stop, exit.
+//! A machine's life, one verb to a file: assemble, attach, build, boot, run, pause, peek, plug, snapshot, live (a snapshot of a guest that runs), restore, stop, exit.
 
 mod assemble;
 mod attach;
 mod boot;
 mod build;
 pub mod exit;
+mod live;
 mod pause;
 mod peek;
 mod plug;
@@ -35,13 +36,17 @@ use crate::hotplug::Slots;
 use crate::memory::Above;
 use crate::memory::lazy::{LazyHandle, LazyMemory};
 use crate::observe::TracePoints;
+use crate::snapshot::live::Template;
 use crate::vcpu::{Control, VcpuThread};
 use seccomp::Role;
+
+use live::Live;
 
 pub use attach::AttachError;
 pub use boot::BootError;
 pub use build::BuildError;
 pub use exit::ExitReason;
+pub use live::{Copied, LiveSnapshot};
 pub use restore::RestoreError;
 pub use run::{RunState, StateError};
 
@@ -71,6 +76,7 @@ pub struct Machine {
     loops: Vec<Arc<LoopThread>>,
     /// What brings memory page by page, where that is how it comes.
     lazy: Option<LazyMemory>,
+    live: Live,
     /// Gone when the machine was stopped.
     hardware: Mutex<Option<Hardware>>,
 }
@@ -84,6 +90,8 @@ struct Hardware {
     _above: Above,
     memory: GuestMemory,
     kvm: Kvm,
+    /// What memory is a private mapping of, where it is that of a snapshot.
+    template: Option<Template>,
     /// What each processor was told about itself.
     cpuid: Vec<Vec<kvm_cpuid_entry2>>,
     /// What was written to memory since the snapshot that is `base`, as far as KVM does not know it.

@@ -6,6 +6,7 @@ impl Machine {
     /// Takes all processors out of the guest; they are when this returns. Devices finish what
     /// they were asked to do.
     pub fn pause(&self) -> Result<(), StateError> {
+        let _moment = self.live.moment();
         self.expect_alive(self.control.pause())
     }
 

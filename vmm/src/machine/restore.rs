@@ -89,9 +89,15 @@ impl Machine {
         // They confine themselves while the machine is made.
         let seats = seats(config.vcpus, config.confinement).map_err(BuildError::from)?;
         let kvm = open_kvm()?;
-        let (memory, lazy) = match how {
-            RestoreMemory::Mapped => (map_memory(&config.memory, &layers)?, None),
-            RestoreMemory::Lazy(lazy) => lazy_memory(&config, lazy, &layers)?,
+        let (memory, lazy, mapped) = match how {
+            RestoreMemory::Mapped => {
+                let memory = map_memory(&config.memory, &layers)?;
+                (memory, None, Some(layers_source(config.memory.size, &layers)?))
+            }
+            RestoreMemory::Lazy(lazy) => {
+                let (memory, lazy) = lazy_memory(&config, lazy, &layers)?;
+                (memory, lazy, None)
+            }
         };
         // The guest has read it long ago.
         let mut cmdline =
@@ -99,6 +105,9 @@ impl Machine {
         let vcpus = config.vcpus;
         let mut assembly = Assembly::new(config, kvm, memory, &mut cmdline, Some(&state.serial))?;
         assembly.restored_from(layers.identity());
+        if let Some(template) = mapped {
+            assembly.mapped_from(template);
+        }
         lazy.map_or(Ok(()), |lazy| assembly.adopt_lazy(lazy))?;
         let processors = restore_parts(&assembly, &state, vcpus).map_err(|error| match assembly.lost_memory() {
             // Whatever did not work, this is why.

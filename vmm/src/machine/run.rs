@@ -31,6 +31,7 @@ impl Machine {
 
     /// Lets the processors run, for the first time or after a pause.
     pub fn start(&self) -> Result<(), StateError> {
+        let _moment = self.live.moment();
         self.unpark();
         self.expect_alive(self.control.run())
     }

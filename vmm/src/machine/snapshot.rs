@@ -11,7 +11,7 @@ use sha2::{Digest, Sha256};
 use devices::virtio::{MmioTransport, SaveError, TransportState};
 
 use super::{Hardware, Machine};
-use crate::snapshot::manifest::{Base, FORMAT, StateFile};
+use crate::snapshot::manifest::{Base, FORMAT, MemoryFile, StateFile};
 use crate::snapshot::{
     Draft, Layers, MANIFEST, MAX_LAYERS, MEMORY, MachineState, Manifest, STATE, SnapshotError, codec, dirty, hex,
     write_memory, write_noted,
@@ -56,12 +56,15 @@ impl Machine {
     }
 
     fn save(&self, directory: &Path, base: Option<&Path>) -> Result<(), SnapshotError> {
+        // Before the guest stands still for nothing.
+        self.live.expect_idle()?;
         self.pause()?;
         let mut hardware = self.hardware.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(hardware) = hardware.as_mut() else {
             // Stopped meanwhile.
             return Err(self.pause().err().map_or(SnapshotError::Gone, Into::into));
         };
+        self.live.expect_idle()?;
         let base = base.map(|base| base_for(hardware, directory, base)).transpose()?;
         if !hardware.writes.is_kept() {
             // Devices go on after this, whatever comes of it.
@@ -83,7 +86,7 @@ impl Machine {
         Ok(())
     }
 
-    fn save_state(&self, hardware: &Hardware, parked: &Parked) -> Result<MachineState, SnapshotError> {
+    pub(super) fn save_state(&self, hardware: &Hardware, parked: &Parked) -> Result<MachineState, SnapshotError> {
         let kvm = |call| move |source| SnapshotError::Kvm { call, source };
         let devices = parked.save().map_err(|(position, source)| SnapshotError::Device { position, source })?;
         let msrs = hardware.kvm.get_msr_index_list().map_err(kvm("KVM_GET_MSR_INDEX_LIST"))?;
@@ -114,7 +117,6 @@ impl Machine {
         base: Option<Layers>,
     ) -> Result<String, SnapshotError> {
         let mut draft = Draft::begin(directory)?;
-        let bytes = codec::encode(state)?;
         let (memory, base) = match base {
             None => (draft.put(MEMORY, |file, path| write_memory(&hardware.memory, file, path))?, None),
             Some(base) => {
@@ -124,6 +126,19 @@ impl Machine {
                 (memory, Some(Base { manifest: base.identity().to_owned(), pages }))
             }
         };
+        self.publish(draft, directory, state, memory, base)
+    }
+
+    /// Adds all else to a draft that has the memory, and puts it in its place. Returns its identity.
+    pub(super) fn publish(
+        &self,
+        draft: Draft<'_>,
+        directory: &Path,
+        state: &MachineState,
+        memory: MemoryFile,
+        base: Option<Base>,
+    ) -> Result<String, SnapshotError> {
+        let bytes = codec::encode(state)?;
         let put = |bytes: &[u8]| {
             let bytes = bytes.to_owned();
             move |file: &File, path: &Path| (&*file).write_all(&bytes).map_err(SnapshotError::write(path))
@@ -180,10 +195,10 @@ fn memory_size(hardware: &Hardware) -> u64 {
 }
 
 /// Devices that touch nothing until this is dropped.
-struct Parked(Vec<Arc<MmioTransport>>);
+pub(super) struct Parked(Vec<Arc<MmioTransport>>);
 
 impl Parked {
-    fn new(transports: Vec<Arc<MmioTransport>>) -> Self {
+    pub(super) fn new(transports: Vec<Arc<MmioTransport>>) -> Self {
         transports.iter().for_each(|transport| transport.park());
         Self(transports)
     }

@@ -13,6 +13,7 @@ impl Machine {
         if let Some(lazy) = &self.lazy {
             lazy.hurry();
         }
+        self.live.hurry();
         self.control.join();
         for event_loop in &self.loops {
             event_loop.stop();
@@ -20,6 +21,7 @@ impl Machine {
         if let Some(lazy) = &self.lazy {
             lazy.stop();
         }
+        self.live.wait_until_copied();
         drop(self.hardware.lock().unwrap_or_else(PoisonError::into_inner).take());
     }
 }

@@ -5,7 +5,7 @@
 
 mod above;
 mod align;
-mod backing;
+pub(crate) mod backing;
 pub mod image;
 pub mod lazy;
 pub mod source;

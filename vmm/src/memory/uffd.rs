@@ -23,13 +23,21 @@ const UFFD_API: u64 = 0xaa;
 const EVENT_REMOVE: u64 = 1 << 3;
 const MISSING_HUGETLBFS: u64 = 1 << 4;
 const MISSING_SHMEM: u64 = 1 << 5;
+/// Those for writes: of Linux 5.7, and of 5.19 for memory of files without a disk.
+const PAGEFAULT_FLAG_WP: u64 = 1;
+const WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
 
-/// `UFFDIO_REGISTER_MODE_MISSING`.
+/// `UFFDIO_REGISTER_MODE_MISSING`, `UFFDIO_REGISTER_MODE_WP`.
 const MODE_MISSING: u64 = 1;
+const MODE_WP: u64 = 1 << 1;
 
-/// Numbers of operations, as bits of what a range can do (`_UFFDIO_COPY`, `_UFFDIO_ZEROPAGE`).
+/// `UFFDIO_WRITEPROTECT_MODE_WP`: without it the protection is lifted, and who waits is woken.
+const PROTECT: u64 = 1;
+
+/// Numbers of operations, as bits of what a range can do (`_UFFDIO_COPY`, `_UFFDIO_ZEROPAGE`, `_UFFDIO_WRITEPROTECT`).
 const CAN_COPY: u64 = 1 << 3;
 const CAN_ZERO: u64 = 1 << 4;
+const CAN_PROTECT: u64 = 1 << 6;
 
 const EVENT_PAGEFAULT: u8 = 0x12;
 const EVENT_REMOVED: u8 = 0x15;
@@ -109,6 +117,14 @@ pub trait Faults {
     fn wake(&self, start: u64, length: u64);
 }
 
+/// Writes to memory that is protected, as whoever lets them go on sees the kernel. The tests have another one.
+pub trait Writes {
+    /// Who waits; appended to `messages`. Returns at once.
+    fn read(&self, messages: &mut Vec<Message>) -> io::Result<()>;
+    /// Lets writes to a range of host addresses go on, and wakes who waits.
+    fn lift(&self, start: u64, length: u64) -> io::Result<()>;
+}
+
 /// A userfaultfd.
 #[derive(Debug)]
 pub struct Uffd {
@@ -120,11 +136,20 @@ pub struct Uffd {
 impl Uffd {
     /// Opens one whose faults may come from the kernel, and which tells of pages that are given back.
     pub fn open() -> Result<Self, UffdError> {
+        Self::with(EVENT_REMOVE | MISSING_HUGETLBFS | MISSING_SHMEM)
+    }
+
+    /// Opens one for writes to memory that is there, which may come from the kernel. It tells of nothing else.
+    pub fn open_for_writes() -> Result<Self, UffdError> {
+        Self::with(PAGEFAULT_FLAG_WP | WP_HUGETLBFS_SHMEM)
+    }
+
+    fn with(features: u64) -> Result<Self, UffdError> {
         let descriptor = match from_device() {
             Ok(descriptor) => descriptor,
             Err(device) => from_call().map_err(|source| UffdError::Open { device, source })?,
         };
-        let mut api = Api { api: UFFD_API, features: EVENT_REMOVE | MISSING_HUGETLBFS | MISSING_SHMEM, ioctls: 0 };
+        let mut api = Api { api: UFFD_API, features, ioctls: 0 };
         // SAFETY: the request's structure.
         if unsafe { ioctl_with_mut_ref(&descriptor, UFFDIO_API(), &mut api) } != 0 {
             return Err(UffdError::Api(io::Error::last_os_error()));
@@ -138,15 +163,42 @@ impl Uffd {
     ///
     /// What the kernel says that it can do beside that, in this version or a later one, is not looked at.
     pub fn register(&self, start: usize, length: usize) -> Result<bool, UffdError> {
+        let can = self.register_for(MODE_MISSING, CAN_COPY, start, length)?;
+        Ok(can & CAN_ZERO != 0)
+    }
+
+    /// From now on [`protect`](Self::protect) can be asked for in `length` bytes at `start`. Nothing is protected yet.
+    pub fn register_writes(&self, start: usize, length: usize) -> Result<(), UffdError> {
+        self.register_for(MODE_WP, CAN_PROTECT, start, length).map(|_| ())
+    }
+
+    /// What the range can do is returned: `needed` at the least.
+    fn register_for(&self, mode: u64, needed: u64, start: usize, length: usize) -> Result<u64, UffdError> {
         let range = Range { start: start as u64, length: length as u64 };
-        let mut register = Register { range, mode: MODE_MISSING, ioctls: 0 };
-        // SAFETY: the request's structure. The kernel checks the range; memory that is not there is served, never changed.
+        let mut register = Register { range, mode, ioctls: 0 };
+        // SAFETY: the request's structure. The kernel checks the range, and what is in it is never changed: memory that is not
+        // there is served, writes to what is there wait.
         let failed = unsafe { ioctl_with_mut_ref(&self.descriptor, UFFDIO_REGISTER(), &mut register) } != 0;
         let source = if failed { io::Error::last_os_error() } else { io::ErrorKind::Unsupported.into() };
-        if failed || register.ioctls & CAN_COPY == 0 {
+        if failed || register.ioctls & needed == 0 {
             return Err(UffdError::Register { start, length, source });
         }
-        Ok(register.ioctls & CAN_ZERO != 0)
+        Ok(register.ioctls)
+    }
+
+    /// Makes all writes to the pages of a range wait, whoever they come from, until the protection is [lifted](Writes::lift) or the
+    /// descriptor closed. Of private memory, only those to pages that are there: others are served as ever.
+    pub fn protect(&self, start: u64, length: u64) -> io::Result<()> {
+        self.write_protect(start, length, PROTECT)
+    }
+
+    fn write_protect(&self, start: u64, length: u64, mode: u64) -> io::Result<()> {
+        let protect = Protect { range: Range { start, length }, mode };
+        // SAFETY: the request's structure. The kernel takes ranges that were registered; what is in them does not change.
+        match unsafe { ioctl_with_ref(&self.descriptor, UFFDIO_WRITEPROTECT(), &protect) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
     }
 
     /// Serves these faults no more: who waits is woken, and finds what is there, or fresh pages.
@@ -175,6 +227,16 @@ impl Uffd {
 impl AsRawFd for Uffd {
     fn as_raw_fd(&self) -> RawFd {
         self.descriptor.as_raw_fd()
+    }
+}
+
+impl Writes for Uffd {
+    fn read(&self, messages: &mut Vec<Message>) -> io::Result<()> {
+        Faults::read(self, messages)
+    }
+
+    fn lift(&self, start: u64, length: u64) -> io::Result<()> {
+        self.write_protect(start, length, 0)
     }
 }
 
@@ -317,11 +379,18 @@ mod abi {
         pub zeroed: i64,
     }
 
+    #[repr(C)]
+    pub struct Protect {
+        pub range: Range,
+        pub mode: u64,
+    }
+
     ioctl_io_nr!(USERFAULTFD_IOC_NEW, UFFDIO, 0x00);
     ioctl_iowr_nr!(UFFDIO_REGISTER, UFFDIO, 0x00, Register);
     ioctl_ior_nr!(UFFDIO_UNREGISTER, UFFDIO, 0x01, Range);
     ioctl_ior_nr!(UFFDIO_WAKE, UFFDIO, 0x02, Range);
     ioctl_iowr_nr!(UFFDIO_COPY, UFFDIO, 0x03, Copy);
     ioctl_iowr_nr!(UFFDIO_ZEROPAGE, UFFDIO, 0x04, Zero);
+    ioctl_iowr_nr!(UFFDIO_WRITEPROTECT, UFFDIO, 0x06, Protect);
     ioctl_iowr_nr!(UFFDIO_API, UFFDIO, 0x3f, Api);
 }

@@ -30,12 +30,17 @@ impl<'a> Draft<'a> {
         name: &str,
         write: impl FnOnce(&File, &Path) -> Result<T, SnapshotError>,
     ) -> Result<T, SnapshotError> {
-        let path = self.new_path(name);
-        let file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&path);
-        let file = file.map_err(SnapshotError::write(&path))?;
+        let (file, path) = self.open(name)?;
         let written = write(&file, &path)?;
         file.sync_all().map_err(SnapshotError::write(&path))?;
         Ok(written)
+    }
+
+    /// Makes the file `name` for whoever writes it, and is to bring it to the disk, before all is published.
+    pub fn open(&self, name: &str) -> Result<(File, PathBuf), SnapshotError> {
+        let path = self.new_path(name);
+        let file = OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(0o600).open(&path);
+        Ok((file.map_err(SnapshotError::write(&path))?, path))
     }
 
     /// Leads to the snapshot that this one is the difference to.

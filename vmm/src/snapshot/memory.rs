@@ -1,7 +1,8 @@
 //! The memory file.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -24,6 +25,9 @@ const CHUNK: u64 = 1 << 20;
 
 /// Bits of an entry of `/proc/self/pagemap`: the page is present, or in swap.
 const PRESENT_OR_SWAPPED: u64 = 0b11 << 62;
+
+/// The page is the file's; one of a private mapping that was written is not any more.
+const OF_FILE: u64 = 1 << 61;
 
 /// Why the files of a snapshot are not what the manifest says.
 #[derive(Debug, thiserror::Error)]
@@ -155,7 +159,7 @@ fn read(region: &Region, chunk: &mut [u8], offset: u64) -> io::Result<()> {
 }
 
 /// Writes the runs of pages that are not zeros; true when there are none.
-fn write_pages(chunk: &[u8], file: &File, start: u64) -> io::Result<bool> {
+pub(super) fn write_pages(chunk: &[u8], file: &File, start: u64) -> io::Result<bool> {
     const PAGE: usize = 4096;
     static ZEROS: [u8; PAGE] = [0; PAGE];
     let is_zero = |page: &&[u8]| ZEROS.starts_with(page);
@@ -174,28 +178,114 @@ fn write_pages(chunk: &[u8], file: &File, start: u64) -> io::Result<bool> {
     Ok(zero)
 }
 
+/// What the manifest says of a memory file that has its contents already.
+pub(crate) fn describe(file: &File, length: u64) -> io::Result<MemoryFile> {
+    let mut sha256 = Vec::new();
+    let mut buffer = vec![0; usize::try_from(CHUNK).map_err(io::Error::other)?];
+    let mut offset = 0;
+    while offset < length {
+        let piece = CHUNK.min(length - offset);
+        let chunk = buffer.get_mut(..usize::try_from(piece).map_err(io::Error::other)?).unwrap_or_default();
+        file.read_exact_at(chunk, offset)?;
+        let zero = chunk.iter().all(|byte| *byte == 0);
+        sha256.push((!zero).then(|| hex(&Sha256::digest(&*chunk))));
+        offset += piece;
+    }
+    Ok(MemoryFile { length, chunk: CHUNK, sha256 })
+}
+
+/// Which pages of a memory may have something in them, at one moment.
+pub(super) struct Existing(Vec<(u64, Touched)>);
+
+impl Existing {
+    pub fn of(memory: &GuestMemory) -> io::Result<Self> {
+        Self::by(memory, Touched::of)
+    }
+
+    /// Of private mappings of files, the pages that differ from the file, or did: they were written.
+    pub fn written(memory: &GuestMemory) -> io::Result<Self> {
+        Self::by(memory, Touched::written)
+    }
+
+    fn by(memory: &GuestMemory, touched: impl Fn(&Region) -> io::Result<Touched>) -> io::Result<Self> {
+        let mut end = 0;
+        let regions = memory.iter().map(|region| {
+            end += region.len();
+            Ok((end, touched(region)?))
+        });
+        regions.collect::<io::Result<_>>().map(Self)
+    }
+
+    /// Whether the page at an offset of the memory is one of them.
+    pub fn has(&self, offset: u64) -> bool {
+        let mut start = 0;
+        for (end, touched) in &self.0 {
+            if offset < *end {
+                return touched.any(offset - start, PAGE_SIZE);
+            }
+            start = *end;
+        }
+        false
+    }
+}
+
 /// Which pages of an anonymous region exist. Of others, nobody knows what the file has.
-struct Touched(Option<Vec<u64>>);
+struct Touched(Option<Pages>);
+
+/// The pages of an anonymous region.
+struct Pages {
+    /// An entry of `/proc/self/pagemap` for each.
+    entries: Vec<u64>,
+    /// Parts over which a file was mapped, as images are: what is not there is in the file.
+    files: Vec<Range<u64>>,
+}
 
 impl Touched {
     fn of(region: &Region) -> io::Result<Self> {
         if region.file_offset().is_some() {
             return Ok(Self(None));
         }
-        let host = region.get_host_address(MemoryRegionAddress(0)).map_err(io::Error::other)?;
-        let entries = usize::try_from(region.len() / PAGE_SIZE).map_err(io::Error::other)?;
-        let mut bytes = vec![0; entries * 8];
-        File::open("/proc/self/pagemap")?.read_exact_at(&mut bytes, host as u64 / PAGE_SIZE * 8)?;
-        let (entries, _) = bytes.as_chunks::<8>();
-        Ok(Self(Some(entries.iter().map(|entry| u64::from_le_bytes(*entry)).collect())))
+        let (host, entries) = pagemap(region)?;
+        let files = file_mappings(&fs::read_to_string("/proc/self/maps")?, host..host + region.len());
+        Ok(Self(Some(Pages { entries, files })))
+    }
+
+    fn written(region: &Region) -> io::Result<Self> {
+        let (_, mut entries) = pagemap(region)?;
+        entries.iter_mut().filter(|entry| **entry & OF_FILE != 0).for_each(|entry| *entry = 0);
+        Ok(Self(Some(Pages { entries, files: Vec::new() })))
     }
 
     fn any(&self, offset: u64, length: u64) -> bool {
-        let Some(entries) = &self.0 else { return true };
+        let Some(Pages { entries, files }) = &self.0 else { return true };
         let index = |bytes: u64| usize::try_from(bytes / PAGE_SIZE).unwrap_or(usize::MAX);
         let pages = entries.get(index(offset)..index(offset + length));
         pages.is_none_or(|pages| pages.iter().any(|entry| entry & PRESENT_OR_SWAPPED != 0))
+            || files.iter().any(|file| file.start < offset + length && offset < file.end)
     }
+}
+
+/// Where a region is in this process, and what the kernel says of each of its pages.
+fn pagemap(region: &Region) -> io::Result<(u64, Vec<u64>)> {
+    let host = region.get_host_address(MemoryRegionAddress(0)).map_err(io::Error::other)? as u64;
+    let entries = usize::try_from(region.len() / PAGE_SIZE).map_err(io::Error::other)?;
+    let mut bytes = vec![0; entries * 8];
+    File::open("/proc/self/pagemap")?.read_exact_at(&mut bytes, host / PAGE_SIZE * 8)?;
+    let (entries, _) = bytes.as_chunks::<8>();
+    Ok((host, entries.iter().map(|entry| u64::from_le_bytes(*entry)).collect()))
+}
+
+/// Where in a range of host addresses files are mapped, from its start, by the lines of `/proc/self/maps`: the range, rights, offset, device and
+/// inode of a mapping, which is 0 where there is no file.
+fn file_mappings(maps: &str, host: Range<u64>) -> Vec<Range<u64>> {
+    let mapping = |line: &str| {
+        let mut words = line.split_ascii_whitespace();
+        let (start, end) = words.next()?.split_once('-')?;
+        let address = |text| u64::from_str_radix(text, 16).ok();
+        let (start, end) = (address(start)?.max(host.start), address(end)?.min(host.end));
+        (words.nth(3)? != "0" && start < end).then(|| start - host.start..end - host.start)
+    };
+    maps.lines().filter_map(mapping).collect()
 }
 
 /// Opens the memory file for mapping. Its size is what the manifest says, so that no page of the mapping is missing.
@@ -265,4 +355,22 @@ fn verify_memory((directory, manifest, file): (&Path, &Manifest, &File)) -> Resu
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_are_found_in_a_memory_map() {
+        let maps = "\
+            00001000-00005000 rw-p 00000000 00:00 0 \n\
+            00005000-00007000 rw-p 00003000 fe:00 4711                       /a kernel\n\
+            00007000-00009000 rw-p 00000000 00:00 0                          [anon: guest]\n\
+            0000f000-00013000 rw-s 00000000 00:01 12                         /memfd:x (deleted)\n\
+            no line of a map\n";
+        assert_eq!(file_mappings(maps, 0x1000..0x11000), [0x4000..0x6000, 0xe000..0x10000]);
+        assert_eq!(file_mappings(maps, 0x6000..0x10000), [0..0x1000, 0x9000..0xa000]);
+        assert_eq!(file_mappings(maps, 0x7000..0xf000), []);
+    }
 }

@@ -13,6 +13,7 @@ pub mod codec;
 pub(crate) mod dirty;
 mod draft;
 pub mod layers;
+pub mod live;
 pub mod manifest;
 pub(crate) mod mapping;
 mod memory;
@@ -31,7 +32,7 @@ pub use state::MachineState;
 use devices::virtio::SaveError;
 
 pub(crate) use draft::Draft;
-pub(crate) use memory::{write as write_memory, write_noted};
+pub(crate) use memory::{describe as describe_memory, write as write_memory, write_noted};
 
 /// The memory file.
 pub const MEMORY: &str = "memory";
@@ -99,6 +100,12 @@ pub enum SnapshotError {
         /// The topmost of them.
         base: PathBuf,
     },
+    /// One at a time.
+    #[error("The machine is being saved while it runs: nothing else can be saved until that is done")]
+    Live,
+    /// What was copied while the guest ran is not complete. The guest has lost nothing by it.
+    #[error("The machine's memory cannot be copied while it runs")]
+    Copy(#[from] live::CopyError),
     /// A processor.
     #[error("A processor cannot be saved")]
     Vcpu(#[from] crate::arch::x86_64::ArchError),

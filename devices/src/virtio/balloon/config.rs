@@ -73,6 +73,10 @@ impl VirtioDevice for Balloon {
         self.features
     }
 
+    fn discards_memory(&self) -> bool {
+        true
+    }
+
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         config_space::read(&self.shared.config_space(), offset, data);
     }

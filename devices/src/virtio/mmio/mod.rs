@@ -110,6 +110,11 @@ impl MmioTransport {
         self.lock().device.writes_are_known()
     }
 
+    /// Whether the device takes pages of guest memory away: see [`VirtioDevice::discards_memory`].
+    pub fn discards_memory(&self) -> bool {
+        self.lock().device.discards_memory()
+    }
+
     /// Device type (section 5), such as 2 for a block device.
     pub fn device_type(&self) -> u32 {
         self.device_type
@@ -221,6 +226,10 @@ impl MmioTransport {
     }
 
     fn activate(&self, registers: &mut Registers) {
+        if registers.held {
+            registers.parked = true;
+            return;
+        }
         match self.try_activate(registers) {
             Ok(id) => registers.active = Some(id),
             Err(reason) => {

@@ -29,6 +29,8 @@ pub struct Registers {
     pub active: Option<SubscriberId>,
     /// The device is to be activated where it was parked.
     pub parked: bool,
+    /// It is not to be activated now, whatever the driver does.
+    pub held: bool,
 }
 
 impl Registers {
@@ -45,6 +47,7 @@ impl Registers {
             queues,
             active: None,
             parked: false,
+            held: false,
         }
     }
 

@@ -24,10 +24,22 @@ impl MmioTransport {
         }
     }
 
+    /// Keeps a device that is parked so while the vCPUs run, until [`release`](Self::release): nobody unparks it, and a driver that resets it
+    /// and brings it up again waits for its answers.
+    pub fn hold(&self) {
+        self.lock().held = true;
+    }
+
+    /// Lets a device go on that was held.
+    pub fn release(&self) {
+        self.lock().held = false;
+        self.unpark();
+    }
+
     /// Lets a device that was parked or restored go on where it was. Does nothing to others.
     pub fn unpark(&self) {
         let mut registers = self.lock();
-        if !std::mem::take(&mut registers.parked) {
+        if registers.held || !std::mem::take(&mut registers.parked) {
             return;
         }
         if !self.interrupt.reset_needed() {

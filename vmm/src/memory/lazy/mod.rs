@@ -18,7 +18,7 @@ mod fill;
 mod guard;
 mod handler;
 mod metrics;
-mod pages;
+pub(crate) mod pages;
 mod thread;
 
 #[cfg(test)]

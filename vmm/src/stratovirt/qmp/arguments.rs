@@ -248,7 +248,8 @@ pub struct DeviceListProperties {
     pub typename: String,
 }
 
-/// `migrate`. There is nothing that `detach` could change: the reply comes when the snapshot is written.
+/// `migrate`. There is nothing that `detach` could change: the reply comes when the snapshot is written, or begun where it is one in the
+/// background.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Migrate {
@@ -256,6 +257,24 @@ pub struct Migrate {
     pub uri: String,
     #[serde(rename = "detach")]
     _detach: Option<bool>,
+}
+
+/// `migrate-set-capabilities`
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MigrateSetCapabilities {
+    /// Those that change.
+    pub capabilities: Vec<MigrationCapability>,
+}
+
+/// A way to migrate, and whether it is wanted.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MigrationCapability {
+    /// QEMU's name for it.
+    pub capability: String,
+    /// Whether it is.
+    pub state: bool,
 }
 
 /// An Ethernet address as QEMU writes it, `52:54:00:12:34:56`.

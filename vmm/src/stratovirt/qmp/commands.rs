@@ -215,14 +215,30 @@ pub const COMMANDS: &[Command] = &[
         Ok(queries::iothreads(&monitor.front))
     }),
     // Snapshots.
-    Command::new("migrate", Compatible, "Stops the machine and saves it to a directory.", |monitor, _, arguments| {
-        monitor.migrate(read(arguments)?)
+    Command::new(
+        "migrate",
+        Extended,
+        "Stops the machine and saves it to a directory; with `background-snapshot`, saves it while it runs.",
+        |monitor, _, arguments| monitor.migrate(read(arguments)?),
+    ),
+    Command::new("query-migrate", Extended, "How the last snapshot went, or how far it is.", |monitor, _, _| {
+        Ok(monitor.query_migrate())
     }),
-    Command::new("query-migrate", Compatible, "How the last snapshot went.", |monitor, _, _| {
-        Ok(json!({"status": monitor.front.migration()}))
+    Command::new("migrate_cancel", Extended, "Gives up a snapshot of a machine that runs.", |monitor, _, _| {
+        monitor.migrate_cancel()
     }),
-    Command::empty("migrate_cancel", object),
-    Command::empty("query-migrate-capabilities", objects),
+    Command::new(
+        "migrate-set-capabilities",
+        Extended,
+        "Whether the machine is saved while it runs: `background-snapshot`.",
+        |monitor, _, arguments| monitor.migrate_set_capabilities(read(arguments)?),
+    ),
+    Command::new(
+        "query-migrate-capabilities",
+        Extended,
+        "Whether the machine is saved while it runs.",
+        |monitor, _, _| Ok(monitor.query_migrate_capabilities()),
+    ),
     // What libvirt asks.
     Command::constant("query-target", Compatible, "The processors' architecture.", queries::target),
     Command::constant("query-kvm", Compatible, "That KVM is there.", queries::kvm),

@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::backends::Backends;
+use super::migration::Migration;
 use super::server::{self, QmpServer};
 use crate::machine::Machine;
 use crate::stratovirt::inventory::{Inventory, StreamEntry};
@@ -21,15 +22,14 @@ struct Shared {
     streams: Vec<StreamEntry>,
     memory: Option<String>,
     iothreads: Vec<String>,
-    /// How the last snapshot went, in QEMU's words.
-    migration: Mutex<&'static str>,
+    migration: Migration,
 }
 
 impl Front {
     /// Of a machine that was made of `inventory`.
     pub fn new(machine: Arc<Machine>, inventory: Inventory) -> Self {
         let Inventory { drives, streams, memory, iothreads } = inventory;
-        let (backends, migration) = (Mutex::new(Backends::new(drives)), Mutex::new("none"));
+        let (backends, migration) = (Mutex::new(Backends::new(drives)), Migration::default());
         Self { machine, shared: Arc::new(Shared { backends, streams, memory, iothreads, migration }) }
     }
 
@@ -60,11 +60,12 @@ impl Front {
         &self.shared.iothreads
     }
 
-    pub(super) fn migration(&self) -> &'static str {
-        *self.shared.migration.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The machine, for somebody who outlives the call.
+    pub(super) fn share_machine(&self) -> Arc<Machine> {
+        Arc::clone(&self.machine)
     }
 
-    pub(super) fn set_migration(&self, status: &'static str) {
-        *self.shared.migration.lock().unwrap_or_else(PoisonError::into_inner) = status;
+    pub(super) fn migration(&self) -> &Migration {
+        &self.shared.migration
     }
 }

@@ -20,6 +20,7 @@ mod framing;
 mod front;
 mod memory;
 mod message;
+mod migration;
 mod monitor;
 mod queries;
 mod rate;

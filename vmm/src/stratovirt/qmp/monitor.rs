@@ -2,13 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
-use std::path::Path;
 use std::sync::{Arc, MutexGuard};
 
 use devices::virtio::balloon::BalloonHandle;
 use serde_json::{Value, json};
 
-use super::arguments::{Balloon, GetFd, Migrate};
+use super::arguments::{Balloon, GetFd};
 use super::backends::Backends;
 use super::commands::Answer;
 use super::connection::Connection;
@@ -120,21 +119,6 @@ impl Monitor {
         {
             self.tell(Event::BalloonChanged { actual: kept(balloon) });
         }
-    }
-
-    /// Saves the machine, which stays stopped.
-    pub(super) fn migrate(&mut self, arguments: Migrate) -> Answer {
-        let directory = arguments.uri.strip_prefix("file:").filter(|directory| !directory.is_empty());
-        let directory = directory.ok_or_else(|| {
-            CommandError::refused("MicroVM does not support migration: it is saved to file: and a directory")
-        })?;
-        if self.machine().state() == RunState::Running {
-            self.stop()?;
-        }
-        let saved = self.machine().snapshot(Path::new(directory));
-        self.front.set_migration(if saved.is_ok() { "completed" } else { "failed" });
-        saved?;
-        Ok(json!({}))
     }
 
     pub(super) fn query_status(&self) -> Value {

@@ -269,5 +269,7 @@ impl Server {
         if self.monitor.ending().is_some() {
             self.monitor.machine().stop();
         }
+        // A snapshot that has all memory is brought to an end.
+        self.monitor.front.migration().join();
     }
 }
