@@ -145,9 +145,10 @@ fn make_rootfs(place: &Path) -> io::Result<()> {
 /// segment, and the code.
 fn write_program(mut file: File) -> io::Result<()> {
     const BASE: u64 = 0x40_0000;
-    const HEADERS: u16 = 64 + 56;
+    const HEADERS: u64 = 64 + 56;
+    const ENTRY: u64 = BASE + HEADERS;
     #[rustfmt::skip]
-    let code = [
+    const CODE: &[u8] = &[
         0x6a, OUTPUT,                   // push OUTPUT
         0x6a, 0x01, 0x58,               // rax = 1: write
         0x89, 0xc7,                     // edi = eax: standard output
@@ -158,7 +159,7 @@ fn write_program(mut file: File) -> io::Result<()> {
         0x31, 0xff,                     // edi = 0
         0x0f, 0x05,                     // syscall
     ];
-    let size = u64::from(HEADERS) + code.len() as u64;
+    const SIZE: u64 = HEADERS + CODE.len() as u64;
     let mut bytes = Vec::new();
     // e_ident: 64 bits, least significant byte first, version 1.
     bytes.extend_from_slice(b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0");
@@ -166,14 +167,14 @@ fn write_program(mut file: File) -> io::Result<()> {
     bytes.extend([2_u16, 62].iter().flat_map(|half| half.to_le_bytes()));
     bytes.extend(1_u32.to_le_bytes());
     // e_entry, e_phoff, e_shoff, e_flags.
-    bytes.extend([BASE + u64::from(HEADERS), 64, 0].iter().flat_map(|word| word.to_le_bytes()));
+    bytes.extend([ENTRY, 64, 0].iter().flat_map(|word| word.to_le_bytes()));
     bytes.extend(0_u32.to_le_bytes());
     // e_ehsize, e_phentsize, e_phnum, e_shentsize, e_shnum, e_shstrndx.
     bytes.extend([64_u16, 56, 1, 0, 0, 0].iter().flat_map(|half| half.to_le_bytes()));
     // p_type PT_LOAD, p_flags R and X, p_offset, p_vaddr, p_paddr, p_filesz, p_memsz, p_align.
     bytes.extend([1_u32, 5].iter().flat_map(|half| half.to_le_bytes()));
-    bytes.extend([0, BASE, BASE, size, size, 0x1000].iter().flat_map(|word| word.to_le_bytes()));
-    bytes.extend(code);
+    bytes.extend([0, BASE, BASE, SIZE, SIZE, 0x1000].iter().flat_map(|word| word.to_le_bytes()));
+    bytes.extend(CODE);
     file.write_all(&bytes)
 }
 
