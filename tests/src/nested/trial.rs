@@ -1,7 +1,5 @@
 //! A test binary in nested hosts: a host that fails under a test is replaced, and the new one goes
-//! on with that test. Tests that have ended, well or not, do not run twice, but for one reason: a guest
-//! that ended by a triple fault, which the emulated processor caused by itself before its fourth
-//! correction (docs/nested-host.md), gets one more try, which is named and counted.
+//! on with that test. Tests that have ended, well or not, do not run twice.
 
 use std::cell::RefCell;
 use std::io::{self, Write};
@@ -68,13 +66,7 @@ pub fn run(session: &mut Session, binary: &str, filters: &[String], limit: Durat
         match run.ending {
             Ending::Exited(0) if names.iter().all(|name| progress.ended(name)) => break (progress.verdict(), None),
             // 101 is what the test binary answers when tests failed; it has run them all.
-            Ending::Exited(_) => {
-                let again = progress.forgive();
-                if again.is_empty() {
-                    break (Verdict::Failed, None);
-                }
-                println!("nested-host: GUEST FAULT, to be tried once more in a new host: {}", again.join(" "));
-            }
+            Ending::Exited(_) => break (Verdict::Failed, None),
             Ending::TimedOut => break (Verdict::Failed, Some(during.into_inner())),
             Ending::Interrupted(signal) => break (Verdict::Interrupted(signal), None),
             Ending::HostFailed(_) if session.retry() => {}
@@ -86,9 +78,6 @@ pub fn run(session: &mut Session, binary: &str, filters: &[String], limit: Durat
     }
     for name in &progress.failed {
         println!("nested-host: FAILED {name}");
-    }
-    for name in &progress.forgiven {
-        println!("nested-host: a guest ended by a triple fault, and the test was run once more: {name}");
     }
     let not_run = names.len() - progress.passed.len() - progress.failed.len();
     println!(
@@ -115,18 +104,9 @@ fn list(binary: &str, filters: &[String]) -> Result<Vec<String>> {
 struct Progress {
     passed: Vec<String>,
     failed: Vec<String>,
-    /// Tests whose guest's processor has met a triple fault, by what is printed of the failed ones.
-    faulted: Vec<String>,
-    /// Those among them that are run once more, or were.
-    forgiven: Vec<String>,
-    /// The failed test that is being printed about.
-    about: Option<String>,
     /// The unfinished line.
     line: Vec<u8>,
 }
-
-/// How a machine says so.
-const TRIPLE_FAULT: &str = "processor has met a triple fault";
 
 impl Progress {
     fn ended(&self, name: &str) -> bool {
@@ -137,27 +117,11 @@ impl Progress {
         if self.failed.is_empty() { Verdict::Passed } else { Verdict::Failed }
     }
 
-    /// Lets the tests that failed by a triple fault, and were not run again for it yet, be run again.
-    fn forgive(&mut self) -> Vec<String> {
-        let (failed, forgiven) = (&self.failed, &self.forgiven);
-        let mut again = std::mem::take(&mut self.faulted);
-        again.retain(|name| failed.contains(name) && !forgiven.contains(name));
-        again.dedup();
-        self.failed.retain(|name| !again.contains(name));
-        self.forgiven.extend(again.iter().cloned());
-        again
-    }
-
     fn take(&mut self, piece: &[u8]) {
         for byte in piece {
             if *byte == b'\n' {
                 let line = String::from_utf8_lossy(&self.line).into_owned();
                 self.line.clear();
-                if let Some(name) = line.strip_prefix("---- ").and_then(|rest| rest.strip_suffix(" stdout ----")) {
-                    self.about = Some(name.to_owned());
-                } else if line.contains(TRIPLE_FAULT) {
-                    self.faulted.extend(self.about.clone());
-                }
                 match outcome(&line) {
                     Some((name, "ok")) => self.passed.push(name.to_owned()),
                     Some((name, "FAILED")) => self.failed.push(name.to_owned()),
@@ -206,20 +170,6 @@ impl Output for Watcher<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_triple_fault_is_forgiven_once_and_nothing_else_is() {
-        let mut progress = Progress::default();
-        let said = b"test a ... FAILED\ntest b ... FAILED\n\n---- a stdout ----\nThe guest's processor has met a triple fault\n\
-                     ---- b stdout ----\npanicked\n";
-        progress.take(said);
-        assert_eq!(progress.forgive(), ["a"]);
-        assert_eq!(progress.failed, ["b"]);
-        progress.take(&said[..18]);
-        progress.take(&said[36..]);
-        assert_eq!(progress.forgive(), [] as [&str; 0]);
-        assert_eq!(progress.failed, ["b", "a"]);
-    }
 
     #[test]
     fn a_host_failure_leaves_the_running_test_to_be_run_again() {
