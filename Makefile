@@ -25,10 +25,10 @@ demo: build guest ## Set everything up and run containers in microVMs through re
 
 test: setup lint unit e2e ## Set everything up and run every test
 
-bench: build guest ## Measure, print tables, and write docs/performance.md
+bench: build guest ## Measure, print tables, and write docs/performance.md (ONLY="words of a section's title")
 	$(HOST) setup
 	cargo build --release -p benches --bins
-	target/release/report
+	target/release/report $(if $(ONLY),"$(ONLY)")
 
 guest: setup ## Build the guest's kernel and initrds (cached by content)
 	guest/kernel/build --out $(GUEST)

@@ -1,9 +1,14 @@
 //! Runs every measurement and writes docs/performance.md from what they print.
 //!
 //! VMM start-up is measured on this machine's own /dev/kvm; containers on this machine where it has
-//! hardware virtualization, else in the nested host.
+//! hardware virtualization, else in the nested host: that takes an hour and a half.
+//!
+//! ```text
+//! report [WORDS_OF_A_TITLE ...]
+//! ```
+//!
+//! With words it measures the sections whose titles have them, and leaves the others as they are.
 
-use std::fmt::Write;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -15,50 +20,78 @@ fn main() -> Result<()> {
     let programs = std::env::current_exe()?;
     let program = |name: &str| programs.with_file_name(name);
     let place = if virtualized()? { "on this machine" } else { "in the nested host" };
-    let mut page = Page::new(root.join("docs/performance.md"));
-    page.add("The machine", &machine()?)?;
+    let mut page = Page::open(root.join("docs/performance.md"), std::env::args().skip(1).collect())?;
+    page.measure("The machine", machine)?;
 
     let natively = |name: &str| output(&mut Command::new(program(name)));
-    page.add("VMM start-up, native KVM", &natively("startup")?)?;
-    page.add("Restored machines, native KVM", &natively("restore")?)?;
-    page.add("Memory that comes by mapping or page by page, native KVM", &natively("lazy")?)?;
+    page.measure("VMM start-up, native KVM", || natively("startup"))?;
+    page.measure("Restored machines, native KVM", || natively("restore"))?;
+    page.measure("Memory that comes by mapping or page by page, native KVM", || natively("lazy"))?;
 
-    eprintln!("What follows takes an hour and a half where the host is emulated");
     let on_a_host = |name: &str, arguments: &[&str]| {
         let mut host = Command::new(root.join("target/debug/nested-host"));
         host.args(["run", "--auto", "--memory", "8G", "--timeout", "3600", "--"]).arg(program(name)).args(arguments);
         output(&mut host)
     };
-    page.add(&format!("Containers, {place}"), &on_a_host("containers", &[])?)?;
-    page.add(&format!("Where their guests come from, {place}"), &on_a_host("containers", &["backends"])?)?;
-    page.add(&format!("Devices of `inlay vm` with a Linux guest, {place}"), &on_a_host("machines", &[])?)?;
-    let together = on_a_host("containers", &["together", "--rounds", "1"])?;
-    page.add(&format!("Many containers at once, {place}"), &together)?;
+    let containers = |arguments: &[&str]| on_a_host("containers", arguments);
+    page.measure(&format!("Containers, {place}"), || containers(&[]))?;
+    page.measure(&format!("Where their guests come from, {place}"), || containers(&["backends"]))?;
+    page.measure(&format!("Devices of `inlay vm` with a Linux guest, {place}"), || on_a_host("machines", &[]))?;
+    let together = || containers(&["together", "--rounds", "1"]);
+    page.measure(&format!("Many containers at once, {place}"), together)?;
     // None of a thousand may fail.
-    let again = on_a_host("containers", &["together", "--rounds", "10", "--only", "restored", "100"])?;
-    page.add(&format!("A hundred at once, again and again, {place}"), &again)?;
-    print!("{}", page.text);
+    let again = || containers(&["together", "--rounds", "10", "--only", "restored", "100"]);
+    page.measure(&format!("A hundred at once, again and again, {place}"), again)?;
+    print!("{}", page.text());
     Ok(())
 }
 
 /// The page, which is written again with each section: a later one may fail.
 struct Page {
     path: PathBuf,
-    text: String,
+    /// Words of the titles of those sections that are measured; all where there are none.
+    wanted: Vec<String>,
+    /// Titles and tables.
+    sections: Vec<(String, String)>,
 }
 
+const HEAD: &str = "# Performance
+
+Written by `make bench`; do not edit. Compare figures within one section only: ratios carry over to other machines, times do not.
+In a nested host each exit of the guest is emulated by software, which stretches a guest's boot more than it does a process that runc starts.
+";
+const SECTION: &str = "\n## ";
+
 impl Page {
-    fn new(path: PathBuf) -> Self {
-        let text = "# Performance\n\nWritten by `make bench`; do not edit. Compare figures within one run only: ratios carry over to other \
-                    machines, times do not.\nIn a nested host each exit of the guest is emulated by software, which stretches a guest's boot \
-                    more than it does a process that runc starts.\n";
-        Self { path, text: text.to_owned() }
+    /// Keeps the sections of the page that are not wanted.
+    fn open(path: PathBuf, wanted: Vec<String>) -> Result<Self> {
+        let mut page = Self { path, wanted, sections: Vec::new() };
+        if !page.wanted.is_empty() {
+            let text =
+                fs::read_to_string(&page.path).with_context(|| format!("Cannot read {}", page.path.display()))?;
+            let sections =
+                text.split(SECTION).skip(1).map(|section| section.split_once("\n\n").unwrap_or((section, "")));
+            page.sections = sections.map(|(title, tables)| (title.to_owned(), tables.to_owned())).collect();
+        }
+        Ok(page)
     }
 
-    fn add(&mut self, title: &str, tables: &str) -> Result<()> {
+    fn measure(&mut self, title: &str, tables: impl FnOnce() -> Result<String>) -> Result<()> {
+        if !self.wanted.is_empty() && !self.wanted.iter().any(|words| title.contains(words)) {
+            return Ok(());
+        }
+        let tables = tables()?;
         eprintln!("Measured: {title}");
-        write!(self.text, "\n## {title}\n\n{tables}")?;
-        fs::write(&self.path, &self.text).with_context(|| format!("Cannot write {}", self.path.display()))
+        match self.sections.iter_mut().find(|(other, _)| other == title) {
+            Some(section) => section.1 = tables,
+            None => self.sections.push((title.to_owned(), tables)),
+        }
+        fs::write(&self.path, self.text()).with_context(|| format!("Cannot write {}", self.path.display()))
+    }
+
+    fn text(&self) -> String {
+        let sections = self.sections.iter().map(|(title, tables)| format!("{SECTION}{title}\n\n{tables}"));
+        HEAD.to_owned() + &sections.collect::<String>()
     }
 }
 

@@ -196,3 +196,45 @@ fn a_frozen_machine_is_driven_over_qmp_and_leaves_no_socket() {
     assert!(child.wait().unwrap().success());
     assert!(!host.path("qmp.sock").exists() && !host.path("mon.sock").exists());
 }
+
+/// The process under its ceiling has all that a snapshot of a running machine takes, and the machine runs on.
+#[test]
+fn a_machine_is_saved_while_it_runs_under_the_ceiling() {
+    if !kvm() {
+        return;
+    }
+    let host = Host::new(&Guest::default().print("up").echo().end(SHUTDOWN));
+    let words = ["-serial", "socket,path=console,server,nowait", "-D", "log"];
+    let mut child = frozen(&host, &words);
+    let mut client = Client::connect(&host, "qmp");
+    let mut console = UnixStream::connect(host.path("console")).unwrap();
+    client.call("cont", json!({}));
+    assert_eq!(client.event(), "RESUME");
+    let mut said = [0; 2];
+    console.read_exact(&mut said).unwrap();
+    let capability = json!({"capability": "background-snapshot", "state": true});
+    client.call("migrate-set-capabilities", json!({"capabilities": [capability]}));
+    client.call("migrate", json!({"uri": format!("file:{}", host.path("saved").display())}));
+    let done = eventually("the snapshot", || {
+        // A client may ask a hundred times a second.
+        std::thread::sleep(Duration::from_millis(20));
+        let state = client.call("query-migrate", json!({}));
+        (state["status"] != "active").then_some(state)
+    });
+    assert_eq!(done["status"], "completed", "{done}");
+    assert_eq!(client.call("query-status", json!({}))["status"], "running");
+
+    let log = || fs::read_to_string(host.path("log")).unwrap();
+    console.write_all(b"x").unwrap();
+    console.read_exact(&mut said[..1]).unwrap();
+    assert!(said[0] == b'x' && child.wait().unwrap().success(), "{}", log());
+    let output = host
+        .command(&["-serial", "stdio", "-incoming", "file:saved"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn();
+    let mut clone = output.unwrap();
+    clone.stdin.take().unwrap().write_all(b"y").unwrap();
+    let output = clone.wait_with_output().unwrap();
+    assert!(output.status.success() && output.stdout == b"y", "{output:?}");
+}
