@@ -203,10 +203,15 @@ impl Guest {
         connect(&self.connector, STDIO_PORT, end).await
     }
 
-    /// Why a call really failed: whose machine has ended does not answer.
+    /// Why a call really failed: whose machine has ended does not answer. Of one that runs and does not answer either, the log
+    /// gets the console.
     pub fn blame(&self, error: AgentError) -> AgentError {
         match (error, self.machine.exit_reason()) {
             (AgentError::NoAnswer { .. }, Some(reason)) => AgentError::Ended(reason),
+            (error @ AgentError::NoAnswer { .. }, None) => {
+                console(&self.machine);
+                error
+            }
             (error, _) => error,
         }
     }
