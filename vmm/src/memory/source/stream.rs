@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::io::{self, Read, Write};
-use std::net::{TcpStream, ToSocketAddrs};
+use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -14,7 +14,8 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, soc
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
-/// Where a server of chunks is. As text, `unix:PATH` or `tcp:HOST:PORT`.
+/// Where a server of chunks is. As text, `unix:PATH` or `tcp:ADDRESS:PORT`: no name, because programs that are linked
+/// statically cannot look names up, and nobody should wait for that who starts a sandbox.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum Address {
@@ -26,7 +27,7 @@ pub enum Address {
 
 /// The text is no address.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is no address of a server of chunks: unix:PATH, from the root on, or tcp:HOST:PORT")]
+#[error("{0:?} is no address of a server of chunks: unix:PATH, from the root on, or tcp:ADDRESS:PORT")]
 pub struct AddressError(String);
 
 impl FromStr for Address {
@@ -34,8 +35,7 @@ impl FromStr for Address {
 
     fn from_str(text: &str) -> Result<Self, AddressError> {
         let unix = text.strip_prefix("unix:").filter(|path| path.starts_with('/'));
-        let is_port = |(host, port): (&str, &str)| !host.is_empty() && port.parse::<u16>().is_ok();
-        let tcp = text.strip_prefix("tcp:").filter(|name| name.rsplit_once(':').is_some_and(is_port));
+        let tcp = text.strip_prefix("tcp:").filter(|name| name.parse::<SocketAddr>().is_ok());
         match (unix, tcp) {
             (Some(path), _) => Ok(Self::Unix(path.into())),
             (_, Some(name)) => Ok(Self::Tcp(name.to_owned())),
@@ -220,11 +220,22 @@ mod tests {
 
     #[test]
     fn addresses_are_read_as_they_are_written() {
-        for text in ["unix:/run/chunks", "tcp:node-7:4711", "tcp:[::1]:1"] {
+        for text in ["unix:/run/chunks", "tcp:192.0.2.7:4711", "tcp:[::1]:1"] {
             assert_eq!(text.parse::<Address>().map(|address| address.to_string()), Ok(text.to_owned()));
         }
-        for text in ["", "/run/chunks", "unix:run/chunks", "unix:", "tcp:", "tcp::1", "tcp:a", "tcp:a:65536", "udp:a:1"]
-        {
+        for text in [
+            "",
+            "/run/chunks",
+            "unix:run/chunks",
+            "unix:",
+            "tcp:",
+            "tcp:a",
+            "tcp:::1",
+            "tcp:192.0.2.7",
+            "tcp:192.0.2.7:65536",
+            "tcp:node-7:4711",
+            "udp:192.0.2.7:1",
+        ] {
             let error = text.parse::<Address>().expect_err("no address").to_string();
             assert!(error.starts_with(&format!("{text:?} is no address")), "{error}");
         }
