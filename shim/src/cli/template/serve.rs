@@ -5,6 +5,7 @@ use std::fs;
 use std::io::{self, Write};
 use std::net::TcpListener;
 use std::os::fd::{FromRawFd, IntoRawFd};
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -59,8 +60,10 @@ impl Bound {
         match address {
             Address::Tcp(name) => Ok(Self { listener: Listener::Tcp(TcpListener::bind(name.as_str())?), file: None }),
             Address::Unix(path) => {
+                let is_socket = fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket());
+                let is_refused = |error: io::Error| error.kind() == io::ErrorKind::ConnectionRefused;
                 // What a killed server has left.
-                if UnixStream::connect(path).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused) {
+                if is_socket && UnixStream::connect(path).is_err_and(is_refused) {
                     fs::remove_file(path)?;
                 }
                 Ok(Self { listener: Listener::Unix(UnixListener::bind(path)?), file: Some(path.clone()) })
