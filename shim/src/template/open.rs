@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use vmm::WorkingSet;
 use vmm::memory::source::ChunkIndex;
-use vmm::snapshot::{Head, MEMORY};
+use vmm::snapshot::{Head, LayersError, MEMORY, VerifyError};
 
 use super::elsewhere::{Elsewhere, read_index};
 use super::key::Key;
@@ -80,10 +80,14 @@ impl Template {
     pub fn verify(&self) -> Result<(), TemplateError> {
         self.verify_what_is_here()?;
         let Some(elsewhere) = &self.record.elsewhere else { return Ok(()) };
-        let name = &self.record.name;
+        let name = self.record.name.clone();
         let mut memory = elsewhere.memory(self)?;
-        vmm::snapshot::verify_elsewhere(&self.directory(), &mut memory)
-            .map_err(|source| TemplateError::Damaged { name: name.clone(), source })
+        vmm::snapshot::verify_elsewhere(&self.directory(), &mut memory).map_err(|error| match error {
+            LayersError::Files(VerifyError::Source(source)) => {
+                TemplateError::Unreachable { name, address: elsewhere.chunks.clone(), source }
+            }
+            source => TemplateError::Damaged { name, source },
+        })
     }
 
     fn verify_what_is_here(&self) -> Result<(), TemplateError> {

@@ -1,6 +1,7 @@
 //! Templates whose memory is elsewhere, and templates that come from there as a whole.
 
 use std::fs;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 
@@ -9,6 +10,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::lazy::{LAZY, SLEEP, faults_and_prefetched};
+use super::pool::spares;
 use super::{NAME, file, make, mark, mark_seen_inside, remove, set_factory, take_starts, with_factory};
 use crate::metrics::{metrics, value_of};
 
@@ -52,7 +54,7 @@ impl Remote {
         let socket = self.address.strip_prefix("unix:").unwrap().to_owned();
         let mut serve = scene.operator(&["template", "serve", self.path(), "--listen", &self.address]);
         self.server = Some(serve.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
-        scene.wait_for("the server of chunks", || Path::new(&socket).exists());
+        scene.wait_for("the server of chunks", || UnixStream::connect(&socket).is_ok());
         // Another node gets no chunks.
         let chunks = self.directory.join("chunks");
         let away = self.directory.with_extension("chunks");
@@ -175,10 +177,13 @@ fn fills_the_pool_from_a_server(scene: &Scene) {
     remote.import(scene);
     set_factory(scene, "", "pool_size = 1");
     println!("{}", scene.inlay(&["pool", "fill"]).ok().stdout);
-    take_starts();
+    let waiting = spares(scene);
     let id = scene.start(SLEEP);
+    let pid = scene.state_of(&id).split_whitespace().nth(1).and_then(|pid| pid.parse().ok());
+    assert!(pid.is_some_and(|pid| waiting.contains(&pid)), "{pid:?} was no spare: {waiting:?}");
     assert_eq!(restored(scene, &id), 1.0);
     assert_eq!(scene.exec(&id, &["hostname"]).ok().stdout.trim(), id);
+    scene.wait_for("a full pool", || spares(scene).len() == 1);
     scene.remove(&id);
     remove(scene);
     assert!(!Path::new("/run/inlay/pool").exists());

@@ -117,13 +117,17 @@ struct Serving {
 
 impl Serving {
     fn of(directory: &Path) -> Self {
+        Self::as_if(directory, &Exported::read(directory).unwrap().index(directory).unwrap())
+    }
+
+    /// Serves the file of chunks by another index.
+    fn as_if(directory: &Path, index: &ChunkIndex) -> Self {
         let path = directory.with_file_name("socket");
         let _ = fs::remove_file(&path);
         let listener = Listener::Unix(UnixListener::bind(&path).unwrap());
-        let index = Exported::read(directory).unwrap().index(directory).unwrap();
         let stop = Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap());
         let chunks = open_chunks(directory).unwrap();
-        let server = ChunkServer::new(&index, chunks, Arc::clone(&stop), Confinement::Off).unwrap();
+        let server = ChunkServer::new(index, chunks, Arc::clone(&stop), Confinement::Off).unwrap();
         let thread = std::thread::spawn(move || server.run(&listener).unwrap());
         Self { stop, address: Address::Unix(path), thread: Some(thread) }
     }
@@ -266,27 +270,40 @@ fn a_memory_stays_elsewhere_and_is_needed_once() {
 
 #[test]
 fn a_server_that_is_gone_or_has_another_template_is_no_place_for_a_memory() {
-    let (maker, place, directory) = exported();
+    let (_maker, place, directory) = exported();
     let address = Address::Unix(place.path().join("nobody"));
     let why = with_causes(&Server::find(address, &directory).unwrap_err());
     assert!(why.contains("Nothing is imported from the server of chunks: The server of chunks is gone"), "{why}");
 
     // Its first chunk is the same.
-    let template = Template::open(&maker.store, &Id::try_from("made").unwrap()).unwrap();
-    let other = place.path().join("other");
-    export(&template, &other).unwrap();
-    let index = Exported::read(&other).unwrap().index(&other).unwrap();
-    let (first, places) =
-        (index.chunks()[..1].to_vec(), vec![1; usize::try_from(LENGTH / index.chunk_size()).unwrap()]);
-    let chunk = u32::try_from(index.chunk_size()).unwrap();
-    let other_index = ChunkIndex::new(LENGTH, chunk, places, first).unwrap();
-    let path = place.path().join("socket");
-    let listener = Listener::Unix(UnixListener::bind(&path).unwrap());
-    let stop = Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap());
-    let chunks = open_chunks(&other).unwrap();
-    let server = ChunkServer::new(&other_index, chunks, Arc::clone(&stop), Confinement::Off).unwrap();
-    let thread = Some(std::thread::spawn(move || server.run(&listener).unwrap()));
-    let serving = Serving { stop, address: Address::Unix(path), thread };
+    let index = Exported::read(&directory).unwrap().index(&directory).unwrap();
+    let serving = Serving::as_if(&directory, &with_chunks(&index, &index.chunks()[..1]));
     let why = with_causes(&Server::find(serving.address.clone(), &directory).unwrap_err());
     assert!(why.contains("has another template than the one that is wanted"), "{why}");
+}
+
+#[test]
+fn a_server_that_lies_later_is_found_out() {
+    let (_maker, _place, directory) = exported();
+    let node = Node::new();
+    let index = Exported::read(&directory).unwrap().index(&directory).unwrap();
+    let serving = Serving::of(&directory);
+    let server = Server::find(serving.address.clone(), &directory).unwrap();
+    let template = node.import("t", &directory, Some(server)).unwrap();
+    drop(serving);
+    let mut lies = index.chunks().to_vec();
+    // Both do not pack, so they have one length.
+    (lies[2].offset, lies[3].offset) = (lies[3].offset, lies[2].offset);
+    assert_eq!(lies[2].stored, lies[3].stored);
+    let _serving = Serving::as_if(&directory, &with_chunks(&index, &lies));
+    let mut chunks = Chunks::find(&template, &node.store, &node.config).unwrap().unwrap();
+    assert!(matches!(all_of(&mut chunks), Err(SourceError::Damaged { .. })));
+    let why = with_causes(&template.verify().unwrap_err());
+    assert!(why.contains("does not come from unix:/") && why.contains("is not what the index says"), "{why}");
+}
+
+/// An index of the same memory whose places all are of one of these.
+fn with_chunks(index: &ChunkIndex, chunks: &[vmm::memory::source::index::Chunk]) -> ChunkIndex {
+    let places = vec![1; usize::try_from(LENGTH / index.chunk_size()).unwrap()];
+    ChunkIndex::new(LENGTH, u32::try_from(index.chunk_size()).unwrap(), places, chunks.to_vec()).unwrap()
 }
