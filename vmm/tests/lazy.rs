@@ -375,7 +375,6 @@ fn a_guest_comes_from_chunks_of_a_file_and_of_a_server() {
     let_go(directory.path());
     let (index, file) = packed(directory.path());
     fs::remove_file(directory.path().join("memory")).expect("the template has only chunks");
-    fs::File::create(directory.path().join("memory")).and_then(|file| file.set_len(SIZE)).expect("a file of holes");
     let store = ChunkFile::new(file.try_clone().expect("clone"), &index).expect("store");
     keeps_its_data(&restore(directory.path(), of_chunks(&index, store, None)));
 

@@ -8,10 +8,11 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use crate::bootstrap::with_causes;
 use crate::config::{Config, ConfigError};
 use crate::run_dir::RunDir;
 use crate::template::create::fitting;
-use crate::template::{self, Store, TemplateError};
+use crate::template::{self, Store, Template, TemplateError};
 
 /// Subject of the finding that decides where demonstrations and tests run.
 const VIRTUALIZATION: &str = "virtualization";
@@ -151,7 +152,7 @@ fn configuration(path: Option<&Path>) -> Vec<Finding> {
                 ConfigError::Read { .. } => "Make the file readable for root, or remove it: every key has a default",
                 _ => "Correct the file; the documentation lists every key",
             };
-            return vec![bad("configuration", crate::bootstrap::with_causes(&error), remedy)];
+            return vec![bad("configuration", with_causes(&error), remedy)];
         }
     };
     let text =
@@ -172,15 +173,26 @@ fn templates(config: &Config, path: Option<&Path>) -> Finding {
     }
     let (store, name) = (Store::new(config, &RunDir::from_environment()), template::name_for(path));
     match fitting(&store, &name, config) {
-        Ok(_) => good(SUBJECT, format!("sandboxes are restored from {}", store.path(&name).display())),
+        Ok(template) => match reach(&template) {
+            Ok(from) => good(SUBJECT, format!("sandboxes are restored from {}{from}", store.path(&name).display())),
+            Err(error) => note(
+                SUBJECT,
+                format!("{}; sandboxes boot, or have its memory from this node's cache", with_causes(&error)),
+            ),
+        },
         Err(TemplateError::Missing(_)) => note(
             SUBJECT,
             format!("{} is made at the first start, or by `inlay template create {name}`", store.path(&name).display()),
         ),
-        Err(error) => {
-            note(SUBJECT, format!("{}; the next start has it made anew", crate::bootstrap::with_causes(&error)))
-        }
+        Err(error) => note(SUBJECT, format!("{}; the next start has it made anew", with_causes(&error))),
     }
+}
+
+/// Where a template's memory comes from, if that is another node, which must answer.
+fn reach(template: &Template) -> Result<String, TemplateError> {
+    let Some(elsewhere) = &template.record().elsewhere else { return Ok(String::new()) };
+    elsewhere.memory(template)?;
+    Ok(format!(", its memory from {}", elsewhere.chunks))
 }
 
 /// By what a shim may serve the page faults of a guest's memory; templates are mapped without. The system call alone

@@ -103,6 +103,9 @@ mod tests {
         let parsed = Arguments::try_parse_from(create).unwrap();
         assert!(matches!(parsed.command, Command::Template(template::Verb::Create { no_wait: true, .. })));
         assert!(Arguments::try_parse_from(["inlay", "template", "create", "x", "--no-wait"]).is_err());
+        let served = |address| Arguments::try_parse_from(["inlay", "template", "serve", "/d", "--listen", address]);
+        assert!(served("unix:/socket").is_ok() && served("tcp:[::]:4711").is_ok());
+        assert!(served("/socket").unwrap_err().to_string().contains("no address of a server of chunks"));
         assert!(matches!(Arguments::try_parse_from(["inlay", "metrics"]).unwrap().command, Command::Metrics));
     }
 }

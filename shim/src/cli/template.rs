@@ -1,16 +1,17 @@
 //! `inlay template`: machines that sandboxes are restored from.
 
+mod serve;
+
 use std::error::Error;
 use std::io::Write;
-use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use clap::Subcommand;
 use seccomp::Confinement;
 use tracing_subscriber::filter::LevelFilter;
-use vmm::snapshot::MEMORY;
+use vmm::memory::source::Address;
 
 use crate::bootstrap::{raise_file_limit, with_causes};
 use crate::config::Config;
@@ -20,10 +21,10 @@ use crate::main_thread::{self, Ended};
 use crate::pool;
 use crate::run_dir::RunDir;
 use crate::template::create::{CreateError, Outcome, When, create};
+use crate::template::transfer::{Server, export, import};
 use crate::template::{Store, Template, TemplateError};
 
-/// Unit of `st_blocks` (stat(2)).
-const BLOCK: u64 = 512;
+use serve::serve;
 
 /// What is done with templates.
 #[derive(Debug, Subcommand)]
@@ -46,7 +47,7 @@ pub enum Verb {
         /// Name of the template
         name: String,
     },
-    /// Compare all files of a template with the checksums that were taken when it was made
+    /// Compare all files of a template with the checksums that were taken when it was made; what is elsewhere is fetched
     Verify {
         /// Name of the template
         name: String,
@@ -55,6 +56,32 @@ pub enum Verb {
     Remove {
         /// Name of the template
         name: String,
+    },
+    /// Write all that other nodes need of a template to a directory, its memory in packed chunks
+    Export {
+        /// Name of the template
+        name: String,
+        /// A new directory, or an empty one; any program may copy it
+        directory: PathBuf,
+    },
+    /// Serve the chunks of an exported template until a signal ends this; to whoever connects, neither encrypted nor asked
+    /// who it is
+    Serve {
+        /// The directory of the exported template
+        directory: PathBuf,
+        /// unix:PATH, from the root on, or tcp:ADDRESS:PORT
+        #[arg(long, value_name = "ADDRESS")]
+        listen: Address,
+    },
+    /// Make a template of what was exported on another node; one that has the name is replaced
+    Import {
+        /// Name of the template, which need not be the one that it had
+        name: String,
+        /// The directory of the exported template
+        directory: PathBuf,
+        /// Leave the memory where it is served: unix:PATH, from the root on, or tcp:ADDRESS:PORT. The directory needs no chunks then
+        #[arg(long, value_name = "ADDRESS")]
+        chunks: Option<Address>,
     },
 }
 
@@ -86,7 +113,11 @@ fn try_run(verb: Verb, config_path: Option<&Path>) -> Result<(), Box<dyn Error>>
         Verb::Verify { name } => {
             let template = Template::open(&store, &Id::try_from(name)?)?;
             template.verify()?;
-            println!("The template {} is whole", template.record().name);
+            let fetched = match &template.record().elsewhere {
+                Some(elsewhere) => format!(", and so is its memory at {}", elsewhere.chunks),
+                None => String::new(),
+            };
+            println!("The template {} is whole{fetched}", template.record().name);
             Ok(())
         }
         Verb::Remove { name } => {
@@ -95,17 +126,39 @@ fn try_run(verb: Verb, config_path: Option<&Path>) -> Result<(), Box<dyn Error>>
             // They hold its files, and nobody gets them any more.
             Ok(pool::drain(&RunDir::from_environment(), Some(&name))?)
         }
+        Verb::Export { name, directory } => {
+            let template = Template::open(&store, &Id::try_from(name)?)?;
+            confine(&config)?;
+            let exported = export(&template, &directory)?;
+            println!("The template {} is in {}", exported.name, directory.display());
+            Ok(())
+        }
+        Verb::Serve { directory, listen } => serve(&directory, &listen, &config),
+        Verb::Import { name, directory, chunks } => {
+            let name = Id::try_from(name)?;
+            let server = chunks.map(|address| Server::find(address, &directory)).transpose()?;
+            confine(&config)?;
+            let template = import(&store, &name, &config, &directory, server)?;
+            println!("The template {name} takes {}; it is in {}", memory(&template)?, store.path(&name).display());
+            Ok(())
+        }
     }
+}
+
+/// For what comes from another node, or goes there: the process is confined as one that is a machine.
+fn confine(config: &Config) -> Result<(), Box<dyn Error>> {
+    log::init(None, config.runtime.log_level.min(LevelFilter::WARN));
+    if config.runtime.confinement == Confinement::On {
+        seccomp::confine_machine()?;
+    }
+    Ok(())
 }
 
 /// The process is confined as one that is a machine. Machines are made by its first thread, and what waits for a guest
 /// waits in another one.
 fn make(store: &Store, name: &Id, config: &Config, when: When) -> Result<(), Box<dyn Error>> {
-    log::init(None, config.runtime.log_level.min(LevelFilter::WARN));
     raise_file_limit();
-    if config.runtime.confinement == Confinement::On {
-        seccomp::confine_machine()?;
-    }
+    confine(config)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let (main, work) = main_thread::new();
     let made = std::thread::scope(|scope| {
@@ -145,7 +198,10 @@ fn list(store: &Store, config: &Config) -> Result<(), Box<dyn Error>> {
         let template = Template::open(store, &name);
         let state = match &template {
             Ok(template) => match template.check(config) {
-                Ok(()) => "fits".to_owned(),
+                Ok(()) => match &template.record().elsewhere {
+                    Some(elsewhere) => format!("fits; its memory is at {}", elsewhere.chunks),
+                    None => "fits".to_owned(),
+                },
                 Err(error) => with_causes(&error),
             },
             Err(error) => with_causes(error),
@@ -166,6 +222,9 @@ fn show(store: &Store, name: &Id, config: &Config) -> Result<(), Box<dyn Error>>
     println!("made       {} s ago", age.as_secs());
     println!("mark       {}", record.mark);
     println!("memory     {}", memory(&template)?);
+    if let Some(elsewhere) = &record.elsewhere {
+        println!("chunks     {}, by the index {}", elsewhere.chunks, elsewhere.index_sha256);
+    }
     match template.working_set()? {
         Some(set) => println!("ahead      {} KiB, which a start asks for first", set.bytes() >> 10),
         None => println!("ahead      nothing: no start was recorded"),
@@ -181,8 +240,6 @@ fn show(store: &Store, name: &Id, config: &Config) -> Result<(), Box<dyn Error>>
 
 /// How much of a template's memory is not zero, and how much it stands for.
 fn memory(template: &Template) -> Result<String, TemplateError> {
-    let path = template.directory().join(MEMORY);
-    let metadata = std::fs::metadata(&path).map_err(|source| TemplateError::File { what: "examine", path, source })?;
     let mib = |bytes: u64| bytes.div_ceil(1 << 20);
-    Ok(format!("{} of {} MiB", mib(metadata.blocks().saturating_mul(BLOCK)), mib(metadata.len())))
+    template.size().map(|(filled, all)| format!("{} of {} MiB", mib(filled), mib(all)))
 }

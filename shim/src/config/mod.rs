@@ -30,6 +30,10 @@ const DEFAULT_BOOT_DEADLINE: Duration = Duration::from_secs(60);
 const DEFAULT_CREATE_DEADLINE: Duration = Duration::from_secs(60);
 /// Most sandboxes that wait to be asked for: each is a process, a KVM machine, and some 8 MiB of memory.
 const MAX_POOL: u32 = 64;
+/// Twice the memory of a sandbox, of which most is zeros: chunks of several templates find room in it.
+const DEFAULT_CHUNK_CACHE_MIB: u64 = 512;
+/// A TiB: more than any node has templates for.
+const MAX_CHUNK_CACHE_MIB: i64 = 1 << 20;
 /// Longer than any client waits that gives up: then containerd ends the start, whose turn is the next one's.
 const DEFAULT_QUEUE_DEADLINE: Duration = Duration::from_secs(600);
 /// A start keeps a processor busy, and waits now and then: two for each leave none idle, and none of them slow.
@@ -110,7 +114,7 @@ pub struct Runtime {
 }
 
 /// Sandboxes that are restored from a template instead of being booted.
-#[derive(Debug, Clone, Default, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Factory {
     /// Whether they are: `enable_template`.
     pub enabled: bool,
@@ -122,6 +126,8 @@ pub struct Factory {
     pub pool_size: u32,
     /// How the memory of a template comes into a sandbox: `template_memory`.
     pub memory: TemplateMemory,
+    /// Most of the node's room, in MiB, for memory that has come from elsewhere, 0 for none: `chunk_cache_mib`.
+    pub chunk_cache_mib: u64,
 }
 
 /// How the memory of a template comes into a sandbox.
@@ -369,7 +375,22 @@ impl Factory {
             _ => None,
         })?;
         self.memory = memory.unwrap_or(self.memory);
+        let cache = section.integer("chunk_cache_mib", 0..=MAX_CHUNK_CACHE_MIB, "0, for none, to 1048576, in MiB")?;
+        self.chunk_cache_mib = cache.and_then(|mib| u64::try_from(mib).ok()).unwrap_or(self.chunk_cache_mib);
         Ok(())
+    }
+}
+
+impl Default for Factory {
+    fn default() -> Self {
+        Self {
+            enabled: false,
+            path: None,
+            wait: false,
+            pool_size: 0,
+            memory: TemplateMemory::default(),
+            chunk_cache_mib: DEFAULT_CHUNK_CACHE_MIB,
+        }
     }
 }
 

@@ -167,7 +167,15 @@ pub const RUNTIME: Keys = Keys {
 
 /// `[factory]`, and `[hypervisor.*.factory]` of newer files.
 pub const FACTORY: Keys = Keys {
-    used: &["enable_template", "template_path", "wait_for_template", "template_memory", "pool_size", "vm_cache_number"],
+    used: &[
+        "enable_template",
+        "template_path",
+        "wait_for_template",
+        "template_memory",
+        "chunk_cache_mib",
+        "pool_size",
+        "vm_cache_number",
+    ],
     idle: &["vm_cache_endpoint"],
 };
 

@@ -53,6 +53,7 @@ fn a_file_of_our_own_sets_everything() {
         template_path = "/t"
         wait_for_template = true
         template_memory = "lazy"
+        chunk_cache_mib = 0
         "#,
     );
     assert_eq!(notices, Vec::new());
@@ -70,7 +71,14 @@ fn a_file_of_our_own_sets_everything() {
     assert_eq!(config.runtime.trace_file.as_deref(), Some(Path::new("/run/inlay/trace.jsonl")));
     assert_eq!(
         config.factory,
-        Factory { enabled: true, path: Some("/t".into()), wait: true, memory: TemplateMemory::Lazy, pool_size: 0 }
+        Factory {
+            enabled: true,
+            path: Some("/t".into()),
+            wait: true,
+            memory: TemplateMemory::Lazy,
+            pool_size: 0,
+            chunk_cache_mib: 0
+        }
     );
     assert_eq!(config.runtime.simultaneous_starts, NonZeroU32::new(8));
     assert_eq!(config.runtime.queue_deadline, Duration::from_secs(5));
@@ -110,10 +118,7 @@ fn the_factory_may_be_inside_the_hypervisor() {
     let (config, notices) = parse(
         "[hypervisor.stratovirt.factory]\nenable_template = true\n[factory]\nenable_template = false\ntemplate_path = \"\"\nvm_cache_number = 3\nvm_cache_endpoint = \"\"\n",
     );
-    assert_eq!(
-        config.factory,
-        Factory { enabled: true, path: None, wait: false, memory: TemplateMemory::Mapped, pool_size: 3 }
-    );
+    assert_eq!(config.factory, Factory { enabled: true, pool_size: 3, ..Factory::default() });
     assert_eq!(notices, [Notice::WithoutUse(vec!["factory.vm_cache_endpoint".to_owned()])]);
 }
 

@@ -4,7 +4,6 @@ use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use nix::fcntl::OFlag;
 use nix::sys::stat::Mode;
@@ -25,8 +24,7 @@ use crate::main_thread::Ended;
 use crate::readiness;
 use crate::run_dir::RunDir;
 use crate::sandbox::{Host, confine};
-use crate::template::create::fitting;
-use crate::template::{Store, TemplateError, name_for};
+use crate::template::{Ready, Store, TemplateError, name_for};
 
 /// Some process waits for memory for a tenth of a second within one: then a spare is a luxury
 /// (Documentation/accounting/psi.rst).
@@ -105,12 +103,12 @@ impl Keeper {
         let listener =
             slot.listen().and_then(|socket| readiness::watch(socket, Interest::READABLE)).map_err(KeepError::Slot)?;
         let store = Store::new(&self.config, &self.run_dir);
-        let template = {
+        let ready = {
             let (store, name, config) = (store.clone(), self.name.clone(), self.config.clone());
-            Arc::new(host.main.run(move || fitting(&store, &name, &config)).await??)
+            host.main.run(move || Ready::find(&store, &name, &config)).await??
         };
         confine(self.config.runtime.confinement).map_err(ServeError::from)?;
-        let spare = Spare::make(slot.directory(), &self.name, self.config.clone(), template, store, &host).await?;
+        let spare = Spare::make(slot.directory(), &self.name, self.config.clone(), ready, store, &host).await?;
         slot.open().map_err(KeepError::Slot)?;
         say(READY);
         let claimed = tokio::select! {

@@ -15,7 +15,7 @@ use crate::sandbox::guest::{BootError, Guest, Home};
 use crate::sandbox::persist::{PersistError, SandboxDir};
 use crate::sandbox::saved::Saved;
 use crate::sandbox::{Host, SandboxRequest, StartError};
-use crate::template::{Store, Template};
+use crate::template::{Ready, Store, Template};
 
 /// A machine that was restored and has not gone on, and the place of a sandbox for it.
 pub struct Spare {
@@ -62,7 +62,7 @@ impl Spare {
         directory: &Path,
         name: &Id,
         config: Config,
-        template: Arc<Template>,
+        ready: Ready,
         store: Store,
         host: &Host,
     ) -> Result<Self, SpareError> {
@@ -79,7 +79,8 @@ impl Spare {
             main: &host.main,
             before_start: &|| Ok(()),
         };
-        let machine = Guest::asleep(&home, Saved::template(Arc::clone(&template), config.factory.memory)).await?;
+        let template = Arc::clone(&ready.template);
+        let machine = Guest::asleep(&home, Saved::template(ready, config.factory.memory)).await?;
         let machine = Asleep { machine: Some(machine), main: host.main.clone() };
         Ok(Self { machine, share, dir, config, template, store })
     }

@@ -248,8 +248,9 @@ async fn bring_up(
             tokio::spawn(maker.report());
             return Ok((Guest::boot(&home).await?, false));
         }
-        Plan::Restore(template) => {
-            let saved = Saved::template(Arc::clone(&template), config.factory.memory);
+        Plan::Restore(ready) => {
+            let template = Arc::clone(&ready.template);
+            let saved = Saved::template(ready, config.factory.memory);
             (Guest::restore(&home, saved).await, Some(template))
         }
         Plan::Wake(machine) => (Guest::wake(machine, &home).await, None),
@@ -260,7 +261,7 @@ async fn bring_up(
     };
     tracing::warn!("The sandbox boots: {}", with_causes(&error));
     if let (Some(template), BootError::Restore(error)) = (template, &error)
-        && is_hopeless(error)
+        && is_hopeless(error, &template)
     {
         Store::new(config, run_dir).discard(&template);
     }

@@ -97,7 +97,7 @@ pub async fn create(
     }
     let made = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let (key, files) = (Key::of(config, name), Files::look(draft.path())?);
-    Record { name: name.clone(), made, mark, key, images, files }.write(draft.path())?;
+    Record { name: name.clone(), made, mark, key, images, files, elsewhere: None }.write(draft.path())?;
     store.publish(name, draft, &lock)?;
     Ok(Outcome::Made(Box::new(Template::open(store, name)?)))
 }

@@ -12,7 +12,7 @@ use tokio::io::Interest;
 use vmm::Machine;
 
 use super::create::fitting;
-use super::{Store, Template, TemplateError};
+use super::{Chunks, Store, Template, TemplateError};
 use crate::bootstrap::with_causes;
 use crate::config::{self, Config};
 use crate::ids::Id;
@@ -36,9 +36,27 @@ pub enum Plan {
     /// The same, while a template is made for others. Somebody should hear what comes of it.
     BootAndReport(Maker),
     /// From a template.
-    Restore(Arc<Template>),
+    Restore(Ready),
     /// From a template that was restored beforehand.
     Wake(Arc<Machine>),
+}
+
+/// A template that fits, and the way to its memory.
+#[derive(Debug)]
+pub struct Ready {
+    /// The template.
+    pub template: Arc<Template>,
+    /// Its memory, where that is elsewhere.
+    pub chunks: Option<Chunks>,
+}
+
+impl Ready {
+    /// Finds the template `name` of the machine that `config` describes. To be called before the process is confined.
+    pub fn find(store: &Store, name: &Id, config: &Config) -> Result<Self, TemplateError> {
+        let template = fitting(store, name, config)?;
+        let chunks = Chunks::find(&template, store, config)?;
+        Ok(Self { template: Arc::new(template), chunks })
+    }
 }
 
 /// Finds out where the guest of a sandbox comes from. A start never fails for lack of a template: without one that can
@@ -60,10 +78,10 @@ pub async fn plan(
     let (store, name) = (Store::new(config, run_dir), name_for(config_path));
     let look = {
         let (store, name, config) = (store.clone(), name.clone(), config.clone());
-        move || fitting(&store, &name, &config)
+        move || Ready::find(&store, &name, &config)
     };
     let unusable = match main.run(look.clone()).await? {
-        Ok(template) => return Ok(Plan::Restore(Arc::new(template))),
+        Ok(ready) => return Ok(Plan::Restore(ready)),
         Err(error) => error,
     };
     match &unusable {
@@ -97,7 +115,7 @@ pub async fn plan(
         return Ok(Plan::Boot);
     }
     Ok(match main.run(look).await? {
-        Ok(template) => Plan::Restore(Arc::new(template)),
+        Ok(ready) => Plan::Restore(ready),
         Err(error) => {
             tracing::warn!("The template is not used: {}", with_causes(&error));
             Plan::Boot

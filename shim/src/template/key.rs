@@ -143,6 +143,12 @@ impl Images {
         kernel.map_or_else(|| self.initrd.difference("initrd", &hypervisor.initrd), |found| Ok(Some(found)))
     }
 
+    /// In what these, of another host, differ from those of this one. Only contents count.
+    pub fn difference_to(&self, present: &Self) -> Option<Difference> {
+        let kernel = self.kernel.difference_to("kernel", &present.kernel);
+        kernel.or_else(|| self.initrd.difference_to("initrd", &present.initrd))
+    }
+
     /// The two with their paths and checksums, for people.
     pub fn describe(&self) -> [String; 2] {
         [&self.kernel, &self.initrd].map(|image| format!("{} {}", image.sha256, image.path.display()))
@@ -166,14 +172,14 @@ impl Image {
         if self.stamp == Stamp::of(&present) {
             return Ok(None);
         }
-        let present = Self::read(path)?;
-        if self.sha256 == present.sha256 {
-            return Ok(None);
-        }
+        Ok(self.difference_to(what, &Self::read(path)?))
+    }
+
+    fn difference_to(&self, what: &'static str, present: &Self) -> Option<Difference> {
         let name = |image: &Self| {
             format!("{} (SHA-256 {}...)", image.path.display(), image.sha256.get(..12).unwrap_or_default())
         };
-        Ok(Some(Difference { what, saved: name(self), wanted: name(&present) }))
+        (self.sha256 != present.sha256).then(|| Difference { what, saved: name(self), wanted: name(present) })
     }
 }
 

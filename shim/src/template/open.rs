@@ -3,17 +3,23 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use vmm::WorkingSet;
+use vmm::memory::source::ChunkIndex;
+use vmm::snapshot::{Head, LayersError, MEMORY, VerifyError};
 
+use super::elsewhere::{Elsewhere, read_index};
 use super::key::Key;
 use super::record::{Files, Record};
 use super::{Store, TemplateError, file_error};
 use crate::config::Config;
 use crate::file_lock::is_named;
 use crate::ids::Id;
+
+/// Unit of `st_blocks` (stat(2)).
+const BLOCK: u64 = 512;
 
 /// A template whose directory is open: it can be restored from even when another one takes its name, or none.
 #[derive(Debug)]
@@ -43,6 +49,12 @@ impl Template {
         }
     }
 
+    /// Compares all that is here of a template that has not got its name yet.
+    pub fn check_draft(directory: &Path, name: &Id) -> Result<(), TemplateError> {
+        let opened = File::open(directory).map_err(file_error("open", directory))?;
+        Self::read(name, opened)?.verify_what_is_here()
+    }
+
     fn read(name: &Id, directory: File) -> Result<Self, TemplateError> {
         let record = Record::read(name, &through(&directory))?;
         let template = Self { directory, record };
@@ -63,15 +75,53 @@ impl Template {
         }
     }
 
-    /// Compares all files with the checksums that were taken when they were written.
+    /// Compares all files with the checksums that were taken when they were written, and a memory that is elsewhere too:
+    /// all of it is fetched.
     pub fn verify(&self) -> Result<(), TemplateError> {
+        self.verify_what_is_here()?;
+        let Some(elsewhere) = &self.record.elsewhere else { return Ok(()) };
+        let name = self.record.name.clone();
+        let mut memory = elsewhere.memory(self)?;
+        vmm::snapshot::verify_elsewhere(&self.directory(), &mut memory).map_err(|error| match error {
+            LayersError::Files(VerifyError::Source(source)) => {
+                TemplateError::Unreachable { name, address: elsewhere.chunks.clone(), source }
+            }
+            source => TemplateError::Damaged { name, source },
+        })
+    }
+
+    fn verify_what_is_here(&self) -> Result<(), TemplateError> {
         let name = &self.record.name;
         if !self.look()?.same_manifest(&self.record.files) {
             return Err(TemplateError::Manifest(name.clone()));
         }
-        vmm::snapshot::verify(&self.directory())
-            .map_err(|source| TemplateError::Damaged { name: name.clone(), source })?;
+        let verified = match &self.record.elsewhere {
+            None => vmm::snapshot::verify(&self.directory()),
+            Some(elsewhere) => {
+                self.index(elsewhere)?;
+                Head::open(&self.directory()).map(drop)
+            }
+        };
+        verified.map_err(|source| TemplateError::Damaged { name: name.clone(), source })?;
         self.working_set().map(drop)
+    }
+
+    /// The index of the chunks of a memory that is elsewhere.
+    pub fn index(&self, elsewhere: &Elsewhere) -> Result<ChunkIndex, TemplateError> {
+        let index = read_index(&self.directory(), &elsewhere.index_sha256)?;
+        let fits = index.filter(|index| index.length() == self.record.key.memory());
+        fits.ok_or_else(|| TemplateError::Index(self.record.name.clone()))
+    }
+
+    /// How much of its memory is not zeros, and how much there is.
+    pub fn size(&self) -> Result<(u64, u64), TemplateError> {
+        if let Some(elsewhere) = &self.record.elsewhere {
+            let index = self.index(elsewhere)?;
+            return Ok((index.stored_bytes(), index.length()));
+        }
+        let path = self.directory().join(MEMORY);
+        let metadata = path.metadata().map_err(file_error("examine", &path))?;
+        Ok((metadata.blocks().saturating_mul(BLOCK), metadata.len()))
     }
 
     /// Where its files are, whatever has its name by now.
@@ -106,7 +156,7 @@ impl Template {
         if present == self.record.files {
             return Ok(());
         }
-        self.verify()?;
+        self.verify_what_is_here()?;
         tracing::warn!(template = %name, "The template's files are not the very ones that were saved: each start reads all of them");
         Ok(())
     }
@@ -141,7 +191,8 @@ mod tests {
         }
         let (key, images, files) =
             (Key::of(config, name), Images::read(config).unwrap(), Files::look(draft.path()).unwrap());
-        let record = Record { name: name.clone(), made: 0, mark: mark.to_string(), key, images, files };
+        let record =
+            Record { name: name.clone(), made: 0, mark: mark.to_string(), key, images, files, elsewhere: None };
         record.write(draft.path()).unwrap();
         store.publish(name, draft, &lock).unwrap();
     }

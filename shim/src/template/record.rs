@@ -1,13 +1,7 @@
-//! The file in which a template says what it is.
-//!
-//! ```text
-//! inlay template 1 <SHA-256 of the rest>
-//! { JSON }
-//! ```
+//! The file in which a template says what it is: a [sealed] one.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::fs;
+use std::io;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -15,8 +9,9 @@ use sha2::{Digest, Sha256};
 use vmm::memory::working_set::WORKING_SET;
 use vmm::snapshot::{MANIFEST, MEMORY, STATE};
 
+use super::elsewhere::Elsewhere;
 use super::key::{Images, Key, Stamp};
-use super::{TemplateError, file_error};
+use super::{TemplateError, file_error, sealed};
 use crate::ids::Id;
 use crate::run_dir::hex;
 
@@ -24,8 +19,8 @@ use crate::run_dir::hex;
 pub const FILE: &str = "template";
 /// What the first line begins with. The number is raised when the rest changes its meaning.
 const HEADER: &str = "inlay template 1 ";
-/// Longest file that is read: a command line and two paths take a few KiB.
-const MAX_LEN: u64 = 64 << 10;
+/// The index of its chunks, where its memory is elsewhere.
+pub const INDEX: &str = "index";
 
 /// What a template is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,13 +38,21 @@ pub struct Record {
     pub images: Images,
     /// The files beside this one.
     pub files: Files,
+    /// Where its memory is, if it is not beside this.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub elsewhere: Option<Elsewhere>,
 }
 
 /// The files that hold the machine, as they were written.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Files {
-    memory: Stamp,
+    /// Of the memory, where it is here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    memory: Option<Stamp>,
+    /// Of the index of chunks, where it is not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    index: Option<Stamp>,
     state: Stamp,
     /// Of the working set, where one was recorded.
     #[serde(default)]
@@ -67,12 +70,22 @@ impl Files {
         };
         let manifest = directory.join(MANIFEST);
         let bytes = fs::read(&manifest).map_err(file_error("read", &manifest))?;
-        let working_set = match stamp(WORKING_SET) {
-            Err(TemplateError::File { source, .. }) if source.kind() == io::ErrorKind::NotFound => None,
-            stamp => Some(stamp?),
+        let stamp_if_there = |name: &str| match stamp(name) {
+            Err(TemplateError::File { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(None),
+            stamp => stamp.map(Some),
         };
-        let manifest_sha256 = hex(&Sha256::digest(bytes));
-        Ok(Self { memory: stamp(MEMORY)?, state: stamp(STATE)?, working_set, manifest_sha256 })
+        Ok(Self {
+            memory: stamp_if_there(MEMORY)?,
+            index: stamp_if_there(INDEX)?,
+            state: stamp(STATE)?,
+            working_set: stamp_if_there(WORKING_SET)?,
+            manifest_sha256: hex(&Sha256::digest(bytes)),
+        })
+    }
+
+    /// SHA-256 of the manifest, in hexadecimal.
+    pub fn manifest_sha256(&self) -> &str {
+        &self.manifest_sha256
     }
 
     /// Whether the manifest is the same.
@@ -85,22 +98,13 @@ impl Record {
     /// Writes the record to a template's directory.
     pub fn write(&self, directory: &Path) -> Result<(), TemplateError> {
         let path = directory.join(FILE);
-        let write = || {
-            let json = serde_json::to_vec_pretty(self)?;
-            let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?;
-            writeln!(file, "{HEADER}{}", hex(&Sha256::digest(&json)))?;
-            file.write_all(&json)?;
-            file.sync_all()
-        };
-        write().map_err(file_error("write", &path))
+        sealed::write(&path, HEADER, self).map_err(file_error("write", &path))
     }
 
     /// Reads the record of the template `name` from its directory.
     pub fn read(name: &Id, directory: &Path) -> Result<Self, TemplateError> {
         let path = directory.join(FILE);
-        let mut bytes = Vec::new();
-        let read = File::open(&path).and_then(|file| file.take(MAX_LEN + 1).read_to_end(&mut bytes));
-        match read {
+        let bytes = match sealed::read(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 return Err(TemplateError::Record { name: name.clone(), why: "the file is missing" });
             }
@@ -109,20 +113,8 @@ impl Record {
         Self::parse(&bytes).map_err(|why| TemplateError::Record { name: name.clone(), why })
     }
 
-    /// Pure: whatever the bytes are, it returns.
     fn parse(bytes: &[u8]) -> Result<Self, &'static str> {
-        if bytes.len() as u64 > MAX_LEN {
-            return Err("it is too long");
-        }
-        let line_end = bytes.iter().position(|byte| *byte == b'\n').ok_or("it has no first line")?;
-        let (line, json) = bytes.split_at(line_end);
-        let json = json.get(1..).unwrap_or_default();
-        let sum =
-            line.strip_prefix(HEADER.as_bytes()).ok_or("its first line is that of another version, or damaged")?;
-        if sum != hex(&Sha256::digest(json)).as_bytes() {
-            return Err("its checksum does not fit");
-        }
-        serde_json::from_slice(json).map_err(|_| "it has the right checksum and makes no sense")
+        sealed::parse(HEADER, bytes)
     }
 }
 
@@ -139,7 +131,7 @@ mod tests {
         let mut config = Config::default();
         (config.hypervisor.kernel, config.hypervisor.initrd) = (dir.join("k"), dir.join("k"));
         let (key, images, files) = (Key::of(&config, &name), Images::read(&config).unwrap(), Files::look(dir).unwrap());
-        Record { name, made: 1, mark: "m".into(), key, images, files }
+        Record { name, made: 1, mark: "m".into(), key, images, files, elsewhere: None }
     }
 
     #[test]
@@ -174,7 +166,7 @@ mod tests {
             Record::parse(b"inlay template 2 x\n{}"),
             Err("its first line is that of another version, or damaged")
         );
-        let longest = usize::try_from(MAX_LEN).unwrap();
+        let longest = usize::try_from(sealed::MAX_LEN).unwrap();
         assert_eq!(Record::parse(&vec![b'x'; longest]), Err("it has no first line"));
         assert_eq!(Record::parse(&vec![b'x'; longest + 1]), Err("it is too long"));
         let name = Id::try_from("t").unwrap();

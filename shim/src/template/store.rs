@@ -1,11 +1,12 @@
 //! The directory of templates.
 //!
 //! ```text
-//! /run/inlay/templates/<name>/         a template: record, manifest, state, memory
+//! /run/inlay/templates/<name>/         a template: record, manifest, state, memory or where that is
 //! /run/inlay/templates/.<name>.lock    there while somebody makes or removes it
 //! /run/inlay/templates/.<name>.draft/  a template that is being made, or that a killed maker left
 //! /run/inlay/templates/.<name>.old/    one that is being removed
 //! /run/inlay/templates/.<name>.failed  when making it failed, and why
+//! /run/inlay/templates/.chunks         what has come of memories that are elsewhere, for all of their sandboxes
 //! ```
 //!
 //! A name is changed by whoever holds its lock. What appears under a name is a whole template; what was restored from
@@ -20,6 +21,7 @@ use std::time::{Duration, SystemTime};
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 
+use super::record::INDEX;
 use super::{Template, TemplateError, file_error};
 use crate::config::Config;
 use crate::file_lock::FileLock;
@@ -89,7 +91,13 @@ impl Store {
         };
         renamed.map_err(file_error("publish", &path))?;
         let _ = fs::remove_file(self.beside(name, "failed"));
+        self.forget_chunks();
         Ok(())
+    }
+
+    /// The cache of chunks.
+    pub fn chunks(&self) -> PathBuf {
+        self.base.join(".chunks")
     }
 
     /// Removes the template `name`, and what was left by making it. Waits for whoever is making it.
@@ -97,9 +105,19 @@ impl Store {
         let Some(_lock) = self.lock(name, true)? else { return Ok(()) };
         let noted = fs::remove_file(self.beside(name, "failed")).is_ok();
         let cleared = self.clear(name)?;
-        match self.take_away(name) {
+        let removed = match self.take_away(name) {
             Err(TemplateError::Missing(_)) if cleared || noted => Ok(()),
             removed => removed,
+        };
+        self.forget_chunks();
+        removed
+    }
+
+    /// Removes the cache of chunks if there is no template any more whose memory is elsewhere. Who has it open keeps it.
+    fn forget_chunks(&self) {
+        let needs = |name: &Id| self.path(name).join(INDEX).exists();
+        if self.names().is_ok_and(|names| !names.iter().any(needs)) {
+            let _ = fs::remove_file(self.chunks());
         }
     }
 
@@ -289,6 +307,22 @@ mod tests {
         store.note_failure(&name, "why");
         store.remove(&name).unwrap();
         assert_eq!(entries(&store), [""; 0]);
+    }
+
+    #[test]
+    fn cached_chunks_go_with_the_last_template_that_needs_them() {
+        let (_dir, store, name) = store();
+        let other = Id::try_from("u").unwrap();
+        for name in [&name, &other] {
+            publish(&store, name, "x");
+            fs::write(store.path(name).join(INDEX), "index").unwrap();
+        }
+        fs::write(store.chunks(), "chunks").unwrap();
+        store.remove(&other).unwrap();
+        assert!(store.chunks().exists() && store.names().unwrap() == [name.clone()]);
+        // One that is here takes its place.
+        publish(&store, &name, "y");
+        assert!(!store.chunks().exists());
     }
 
     #[test]

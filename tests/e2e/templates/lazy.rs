@@ -13,14 +13,14 @@ crate::for_inlay!(
     ends_with_the_reason_when_the_memory_file_is_cut,
 );
 
-const LAZY: &str = "template_memory = \"lazy\"";
+pub(super) const LAZY: &str = "template_memory = \"lazy\"";
 /// Where the store has it.
 const TEMPLATE: &str = "/run/inlay/templates/default";
-const SLEEP: &[&str] = &["sleep", "1000"];
+pub(super) const SLEEP: &[&str] = &["sleep", "1000"];
 
 /// Faults that were served for a sandbox, and bytes that came ahead of them.
 #[track_caller]
-fn faults_and_prefetched(scene: &Scene, id: &str) -> (f64, f64) {
+pub(super) fn faults_and_prefetched(scene: &Scene, id: &str) -> (f64, f64) {
     let text = metrics(scene);
     assert_eq!(value_of(&text, "inlay_start_restored", id, ""), 1.0);
     let of = |name| value_of(&text, name, id, "");

@@ -5,6 +5,7 @@ mod lazy;
 mod life;
 mod pool;
 mod refusals;
+mod remote;
 mod together;
 
 use std::fs;

@@ -105,7 +105,7 @@ fn memory_inside(scene: &Scene, options: &[&str]) -> u32 {
 
 /// Processes of spares that can be claimed.
 #[track_caller]
-fn spares(scene: &Scene) -> Vec<i32> {
+pub(super) fn spares(scene: &Scene) -> Vec<i32> {
     let list = scene.inlay(&["pool", "list"]).ok().stdout;
     let ready = list.lines().filter(|line| line.ends_with("  ready"));
     ready.map(|line| line.split_whitespace().nth(1).unwrap().parse().unwrap()).collect()

@@ -17,7 +17,7 @@ use crate::config::{MachineConfig, MemoryBacking, MemoryConfig, RestoreMemory};
 use crate::memory::lazy::{LazyConfig, LazyError, LazyMemory};
 use crate::memory::source::{FileSource, LayeredSource, Source};
 use crate::memory::{self, MemoryError};
-use crate::snapshot::{CodecError, Layers, LayersError, MachineState, codec, mapping};
+use crate::snapshot::{CodecError, Head, Layers, LayersError, MachineState, codec, mapping};
 use crate::vcpu::VcpuRestoreError;
 
 /// Why a machine could not be restored.
@@ -76,40 +76,56 @@ impl Machine {
     }
 
     /// As [`restore`](Self::restore), with memory that comes as `how` says. Memory that comes page by page has the backing that `config` asks
-    /// for; whoever loses it ends the machine with [`ExitReason::MemoryLost`](super::ExitReason::MemoryLost).
+    /// for; whoever loses it ends the machine with [`ExitReason::MemoryLost`](super::ExitReason::MemoryLost). Where it has a source of its own,
+    /// there need be no memory file.
     pub fn restore_with(config: MachineConfig, directory: &Path, how: RestoreMemory) -> Result<Self, RestoreError> {
+        let mut how = how;
+        if let RestoreMemory::Lazy(lazy) = &mut how
+            && let Some(source) = lazy.source.take()
+        {
+            let (head, lazy) = (Head::open(directory)?, std::mem::take(lazy));
+            let parts = (head.state(), head.manifest().memory.length, head.identity());
+            return Self::restore_parts(config, parts, |config| lazy_memory(config, source, lazy));
+        }
         let layers = Layers::open(directory)?;
-        let state = codec::decode(layers.state())?;
+        let parts = (layers.state(), layers.memory_size(), layers.identity());
+        Self::restore_parts(config, parts, |config| match how {
+            RestoreMemory::Mapped => {
+                let memory = map_memory(&config.memory, &layers)?;
+                Ok((memory, None, Some(layers_source(config.memory.size, &layers)?)))
+            }
+            RestoreMemory::Lazy(lazy) => lazy_memory(config, layers_source(config.memory.size, &layers)?, lazy),
+        })
+    }
+
+    /// From a state, bytes of memory and an identity, with the memory that `memory` makes.
+    fn restore_parts(
+        config: MachineConfig,
+        (state, memory_size, identity): (&[u8], u64, &str),
+        memory: impl FnOnce(&MachineConfig) -> Result<Memory, RestoreError>,
+    ) -> Result<Self, RestoreError> {
+        let state = codec::decode(state)?;
         expect("vCPUs", state.vcpus.len() as u64, config.vcpus.into())?;
         expect("bytes of memory", state.memory_size, config.memory.size)?;
-        expect("bytes of memory", layers.memory_size(), config.memory.size)?;
+        expect("bytes of memory", memory_size, config.memory.size)?;
         expect("interrupt controllers", state.irqchips.len() as u64, IRQCHIPS.len() as u64)?;
         super::build::check_vcpus(config.vcpus)?;
 
         // They confine themselves while the machine is made.
         let seats = seats(config.vcpus, config.confinement).map_err(BuildError::from)?;
         let kvm = open_kvm()?;
-        let (memory, lazy, mapped) = match how {
-            RestoreMemory::Mapped => {
-                let memory = map_memory(&config.memory, &layers)?;
-                (memory, None, Some(layers_source(config.memory.size, &layers)?))
-            }
-            RestoreMemory::Lazy(lazy) => {
-                let (memory, lazy) = lazy_memory(&config, lazy, &layers)?;
-                (memory, lazy, None)
-            }
-        };
+        let (memory, lazy, mapped) = memory(&config)?;
         // The guest has read it long ago.
         let mut cmdline =
             Cmdline::new(layout::CMDLINE_MAX).map_err(|error| BuildError::from(super::BootError::Cmdline(error)))?;
         let vcpus = config.vcpus;
         let mut assembly = Assembly::new(config, kvm, memory, &mut cmdline, Some(&state.serial))?;
-        assembly.restored_from(layers.identity());
+        assembly.restored_from(identity);
         if let Some(template) = mapped {
             assembly.mapped_from(template);
         }
         lazy.map_or(Ok(()), |lazy| assembly.adopt_lazy(lazy))?;
-        let processors = restore_parts(&assembly, &state, vcpus).map_err(|error| match assembly.lost_memory() {
+        let processors = restore_all(&assembly, &state, vcpus).map_err(|error| match assembly.lost_memory() {
             // Whatever did not work, this is why.
             Some(reason) => LazyError::Lost(reason).into(),
             None => error,
@@ -118,6 +134,9 @@ impl Machine {
         Ok(assembly.finish(seats, processors, cpuid)?)
     }
 }
+
+/// Guest memory, who brings its pages, and what it is a private mapping of.
+type Memory = (GuestMemory, Option<LazyMemory>, Option<Box<dyn Source>>);
 
 /// Private mappings of the memory files. Nothing of them is read.
 fn map_memory(config: &MemoryConfig, layers: &Layers) -> Result<GuestMemory, RestoreError> {
@@ -133,16 +152,8 @@ fn map_memory(config: &MemoryConfig, layers: &Layers) -> Result<GuestMemory, Res
     Ok(memory)
 }
 
-/// Fresh memory, whose pages come from the memory files, or from where `lazy` says, from now on.
-fn lazy_memory(
-    config: &MachineConfig,
-    mut lazy: LazyConfig,
-    layers: &Layers,
-) -> Result<(GuestMemory, Option<LazyMemory>), RestoreError> {
-    let source = match lazy.source.take() {
-        Some(source) => source,
-        None => layers_source(config.memory.size, layers)?,
-    };
+/// Fresh memory, whose pages come from `source` from now on.
+fn lazy_memory(config: &MachineConfig, source: Box<dyn Source>, lazy: LazyConfig) -> Result<Memory, RestoreError> {
     // Making all pages at once would ask for each of them.
     let whole = config.memory.prealloc;
     let fresh = MemoryConfig {
@@ -156,7 +167,7 @@ fn lazy_memory(
         // Other processes have mappings of their own, whose faults are not ours: they would find zeros.
         started.complete()?;
     }
-    Ok((memory, Some(started)))
+    Ok((memory, Some(started), None))
 }
 
 /// What the memory files have, page by page.
@@ -172,7 +183,7 @@ fn layers_source(size: u64, layers: &Layers) -> Result<Box<dyn Source>, RestoreE
     Ok(Box::new(LayeredSource::new(whole, &pieces).map_err(failed)?))
 }
 
-fn restore_parts(assembly: &Assembly, state: &MachineState, vcpus: u8) -> Result<Vec<VcpuFd>, RestoreError> {
+fn restore_all(assembly: &Assembly, state: &MachineState, vcpus: u8) -> Result<Vec<VcpuFd>, RestoreError> {
     restore_devices(assembly, state)?;
     let processors = assembly.create_vcpus(vcpus)?;
     restore_processors(assembly, state, &processors)?;

@@ -49,6 +49,46 @@ pub enum LayersError {
     Pages(u64),
 }
 
+/// What a snapshot says of itself: all of it, where its memory is elsewhere.
+pub struct Head {
+    directory: PathBuf,
+    identity: String,
+    manifest: Manifest,
+    state: Vec<u8>,
+}
+
+impl Head {
+    /// Reads the manifest and the state in `directory`, which must fit each other.
+    pub fn open(directory: &Path) -> Result<Self, LayersError> {
+        let (directory, _held) = found(directory)?;
+        Self::read(directory)
+    }
+
+    /// Of a directory that is held.
+    fn read(directory: PathBuf) -> Result<Self, LayersError> {
+        let bytes = Manifest::read_bytes(&directory)?;
+        let identity = hex(&Sha256::digest(&bytes));
+        let manifest = Manifest::decode(&bytes)?;
+        let state = read_state(&directory, &manifest.state)?;
+        Ok(Self { directory, identity, manifest, state })
+    }
+
+    /// Its manifest.
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// SHA-256 of that manifest.
+    pub fn identity(&self) -> &str {
+        &self.identity
+    }
+
+    /// The bytes of its state file.
+    pub fn state(&self) -> &[u8] {
+        &self.state
+    }
+}
+
 /// One snapshot.
 struct Layer {
     directory: PathBuf,
@@ -154,17 +194,19 @@ impl Layers {
 impl Layer {
     /// Opens a snapshot and reads its state. All is of one snapshot, also where somebody replaces it at that time.
     fn open(directory: &Path) -> Result<(Self, Vec<u8>), LayersError> {
-        let failed = |source| ManifestError::Read { path: directory.to_owned(), source };
-        // Where links lead to now, whatever becomes of them.
-        let directory = directory.canonicalize().map_err(failed)?;
-        let _held = hold(&directory, libc::LOCK_SH).map_err(failed)?;
-        let bytes = Manifest::read_bytes(&directory)?;
-        let identity = hex(&Sha256::digest(&bytes));
-        let manifest = Manifest::decode(&bytes)?;
-        let state = read_state(&directory, &manifest.state)?;
+        let (directory, _held) = found(directory)?;
+        let Head { directory, identity, manifest, state } = Head::read(directory)?;
         let file = open(&directory, &manifest.memory)?;
         Ok((Self { directory, identity, manifest, file }, state))
     }
+}
+
+/// Where links lead to now, whatever becomes of them; held, so that all of it is of one snapshot.
+fn found(directory: &Path) -> Result<(PathBuf, File), ManifestError> {
+    let failed = |source| ManifestError::Read { path: directory.to_owned(), source };
+    let directory = directory.canonicalize().map_err(failed)?;
+    let held = hold(&directory, libc::LOCK_SH).map_err(failed)?;
+    Ok((directory, held))
 }
 
 /// Holds a directory until the descriptor is closed: against [readers](libc::LOCK_SH) while its snapshot is replaced,
@@ -245,6 +287,22 @@ mod tests {
         write(&other, Some((&whole, &identity)), 5 << 12);
         let refused = Layers::open(&other).err();
         assert!(matches!(refused, Some(LayersError::Size { length: 0x5000, base: 0x4000 })), "{refused:?}");
+    }
+
+    #[test]
+    fn a_snapshot_whose_memory_is_elsewhere_has_a_head_alone() {
+        let place = tempfile::tempdir().expect("directory");
+        let directory = place.path().join("head");
+        let identity = write(&directory, None, 4 << 12);
+        fs::remove_file(directory.join(MEMORY)).expect("remove");
+        assert!(matches!(Layers::open(&directory).err(), Some(LayersError::Files(VerifyError::Read { .. }))));
+        let head = Head::open(&directory).expect("head");
+        assert_eq!(
+            (head.identity(), head.state(), head.manifest().memory.length),
+            (&*identity, &b"state"[..], 4 << 12)
+        );
+        fs::write(directory.join(STATE), "stale").expect("write");
+        assert!(matches!(Head::open(&directory).err(), Some(LayersError::Files(VerifyError::Damaged { .. }))));
     }
 
     #[test]

@@ -12,11 +12,12 @@ use vm_memory::{Bytes, GuestMemory as _, GuestMemoryRegion, MemoryRegionAddress}
 use devices::GuestMemory;
 use devices::virtio::WriteLog;
 
-use super::layers::{Layers, LayersError};
+use super::layers::{Head, Layers, LayersError};
 use super::manifest::{MemoryFile, StateFile};
 use super::pieces::runs;
 use super::{MEMORY, Manifest, STATE, SnapshotError, hex};
 use crate::memory::PAGE_SIZE;
+use crate::memory::source::{Source, SourceError};
 
 type Region = vm_memory::GuestRegionMmap<()>;
 
@@ -61,6 +62,9 @@ pub enum VerifyError {
         /// How much the checksum covers.
         length: u64,
     },
+    /// A memory that is elsewhere does not come.
+    #[error(transparent)]
+    Source(SourceError),
     /// The manifest contradicts itself.
     #[error("The manifest has {present} checksums for a memory of {length} bytes in chunks of {chunk}")]
     Chunks {
@@ -159,7 +163,7 @@ fn read(region: &Region, chunk: &mut [u8], offset: u64) -> io::Result<()> {
 }
 
 /// Writes the runs of pages that are not zeros; true when there are none.
-pub(super) fn write_pages(chunk: &[u8], file: &File, start: u64) -> io::Result<bool> {
+pub(crate) fn write_pages(chunk: &[u8], file: &File, start: u64) -> io::Result<bool> {
     const PAGE: usize = 4096;
     static ZEROS: [u8; PAGE] = [0; PAGE];
     let is_zero = |page: &&[u8]| ZEROS.starts_with(page);
@@ -331,27 +335,48 @@ pub fn verify(directory: &Path) -> Result<(), LayersError> {
     Ok(layers.memories().try_for_each(verify_memory)?)
 }
 
+/// As [`verify`], of a snapshot whose memory is `source`, and not in `directory`.
+pub fn verify_elsewhere(directory: &Path, source: &mut dyn Source) -> Result<(), LayersError> {
+    let head = Head::open(directory)?;
+    let MemoryFile { length, .. } = head.manifest().memory;
+    if source.length() != length {
+        return Err(LayersError::Size { length, base: source.length() });
+    }
+    let fill = |bytes: &mut [u8], offset| source.read(offset, bytes).map_err(VerifyError::Source);
+    Ok(compare(&head.manifest().memory, Path::new("The memory"), fill)?)
+}
+
 fn verify_memory((directory, manifest, file): (&Path, &Manifest, &File)) -> Result<(), VerifyError> {
-    let MemoryFile { length, chunk, sha256 } = &manifest.memory;
+    let path = directory.join(MEMORY);
+    let fill = |bytes: &mut [u8], offset| {
+        file.read_exact_at(bytes, offset).map_err(|source| VerifyError::Read { path: path.clone(), source })
+    };
+    compare(&manifest.memory, &path, fill)
+}
+
+/// Compares what `fill` makes of each chunk, at its offset, with its checksum. `path` names the memory in errors.
+fn compare(
+    memory: &MemoryFile,
+    path: &Path,
+    mut fill: impl FnMut(&mut [u8], u64) -> Result<(), VerifyError>,
+) -> Result<(), VerifyError> {
+    let MemoryFile { length, chunk, sha256 } = memory;
     let chunks = if *chunk == CHUNK { length.div_ceil(CHUNK) } else { u64::MAX };
     if chunks != sha256.len() as u64 {
         return Err(VerifyError::Chunks { present: sha256.len(), length: *length, chunk: *chunk });
     }
-    let path = directory.join(MEMORY);
     let mut buffer = vec![0; usize::try_from(CHUNK).unwrap_or_default()];
     for (index, sum) in (0..).zip(sha256) {
         let offset = index * CHUNK;
         let piece = CHUNK.min(length - offset);
         let bytes = buffer.get_mut(..usize::try_from(piece).unwrap_or_default()).unwrap_or_default();
-        if let Err(source) = file.read_exact_at(bytes, offset) {
-            return Err(VerifyError::Read { path, source });
-        }
+        fill(bytes, offset)?;
         let sound = match sum {
             Some(sum) => hex(&Sha256::digest(&*bytes)) == *sum,
             None => bytes.iter().all(|byte| *byte == 0),
         };
         if !sound {
-            return Err(VerifyError::Damaged { path, offset, length: piece });
+            return Err(VerifyError::Damaged { path: path.to_owned(), offset, length: piece });
         }
     }
     Ok(())

@@ -24,15 +24,15 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 pub use codec::CodecError;
-pub use layers::{Layers, LayersError, MAX_LAYERS};
+pub use layers::{Head, Layers, LayersError, MAX_LAYERS};
 pub use manifest::{Manifest, ManifestError};
-pub use memory::{VerifyError, verify};
+pub use memory::{VerifyError, verify, verify_elsewhere};
 pub use state::MachineState;
 
 use devices::virtio::SaveError;
 
 pub(crate) use draft::Draft;
-pub(crate) use memory::{describe as describe_memory, write as write_memory, write_noted};
+pub(crate) use memory::{describe as describe_memory, write as write_memory, write_noted, write_pages};
 
 /// The memory file.
 pub const MEMORY: &str = "memory";

@@ -157,12 +157,13 @@ impl<F: Faults> Handler<F> {
         Ok(pace(came_to))
     }
 
-    /// Brings a little of what is missing, if that is wanted, and as long as the guest asks for pages itself.
+    /// Brings a little of what is missing, if that is wanted.
     fn fill(&mut self) -> Result<Next, Loss> {
-        let Fill::Background { bytes_per_second } = self.fill else { return Ok(Next::Wait(None)) };
-        if self.last_fault.elapsed() > IDLE {
-            return Ok(Next::Wait(None));
-        }
+        let bytes_per_second = match self.fill {
+            Fill::Background { bytes_per_second } if self.last_fault.elapsed() <= IDLE => bytes_per_second,
+            Fill::All { bytes_per_second } => bytes_per_second,
+            Fill::Off | Fill::Background { .. } => return Ok(Next::Wait(None)),
+        };
         let ticks = u64::try_from(Duration::from_secs(1).as_millis() / TICK.as_millis()).unwrap_or(1);
         let mut left = bytes_per_second / ticks;
         loop {

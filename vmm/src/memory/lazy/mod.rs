@@ -76,6 +76,11 @@ pub enum Fill {
         /// At most so many, in steps of 256 KiB for each hundredth of a second.
         bytes_per_second: u64,
     },
+    /// The same until all is there, whatever the guest does: from a source that may go away.
+    All {
+        /// As above.
+        bytes_per_second: u64,
+    },
 }
 
 /// Why memory cannot come lazily.

@@ -359,6 +359,19 @@ fn the_rest_comes_in_the_background_where_that_is_wanted() {
 }
 
 #[test]
+fn all_of_it_comes_though_nobody_asks_where_that_is_wanted() {
+    if !possible("all of it comes") {
+        return;
+    }
+    let memory = private();
+    let fill = Fill::All { bytes_per_second: u64::MAX };
+    let lazy = start_from_file(&memory, LazyConfig { fill, ..LazyConfig::default() });
+    comes_to(|| u64::from(!lazy.shared.is_serving()), 1);
+    assert_eq!(lazy.handle().metrics().faults.get(), 0);
+    lazy.complete().expect("all is there");
+}
+
+#[test]
 fn who_waits_for_lost_memory_goes_on_without_it() {
     if !possible("who waits for lost memory goes on") {
         return;

@@ -1,7 +1,8 @@
 //! A bounded cache of unpacked chunks in a file, which any number of processes share without a lock.
 //!
-//! A chunk has two places that follow from its checksum. A place has the checksum and the chunk, and what is read is
-//! compared with what is wanted: whatever others write there meanwhile, the worst is that it is not found.
+//! A chunk has eight places that follow from its checksum: where a quarter of the cache is used, one chunk in 65,000
+//! finds none of them free. A place has the checksum and the chunk, and what is read is compared with what is wanted:
+//! whatever others write there meanwhile, the worst is that it is not found.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -10,10 +11,15 @@ use std::path::Path;
 
 use sha2::{Digest, Sha256};
 
-use super::index::Sum;
+use super::SourceError;
+use super::chunked::ChunkStore;
+use super::index::{Chunk, ChunkIndex, Sum};
 
 /// Bytes of a checksum before each chunk.
 const SUM: u64 = 32;
+
+/// Places that a chunk may have: as many as its checksum has words of four bytes.
+const PLACES: usize = 8;
 
 /// A cache of chunks of one size.
 #[derive(Debug)]
@@ -21,15 +27,17 @@ pub struct ChunkCache {
     file: File,
     slot: u64,
     slots: u64,
-    /// Which of the two places of a chunk is overwritten next.
-    second: bool,
+    /// Which place of a chunk is overwritten next, where none is free.
+    next: usize,
 }
 
 impl ChunkCache {
     /// The cache in the file at `path`, which is made where it does not exist, of chunks of `chunk` bytes. It takes at most `limit` bytes, of which
     /// those of a chunk are the least.
     pub fn open(path: &Path, chunk: u64, limit: u64) -> io::Result<Self> {
-        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false).mode(0o600).custom_flags(libc::O_NOFOLLOW);
+        let file = options.open(path)?;
         let slot = chunk + SUM;
         let slots = limit / slot;
         if slots == 0 {
@@ -37,14 +45,13 @@ impl ChunkCache {
         }
         // With another limit most chunks are elsewhere.
         file.set_len(slots * slot)?;
-        Ok(Self { file, slot, slots, second: false })
+        Ok(Self { file, slot, slots, next: 0 })
     }
 
     /// The chunk with this checksum and length, if it is there.
     pub fn get(&mut self, sum: &Sum, length: u64) -> Option<Vec<u8>> {
         self.places(sum).into_iter().find_map(|place| {
-            let mut found = [0; 32];
-            self.file.read_exact_at(&mut found, place).ok().filter(|()| found == *sum)?;
+            self.sum_at(place).filter(|found| found == sum)?;
             let mut bytes = vec![0; usize::try_from(length).ok()?];
             self.file.read_exact_at(&mut bytes, place + SUM).ok()?;
             (Sum::from(Sha256::digest(&bytes)) == *sum).then_some(bytes)
@@ -56,20 +63,48 @@ impl ChunkCache {
         if bytes.len() as u64 > self.slot - SUM {
             return;
         }
-        let [first, second] = self.places(sum);
-        let place = if self.second { second } else { first };
-        self.second = !self.second;
+        let places = self.places(sum);
+        // One that is its own may be damaged.
+        let own_or_free = |place: &&u64| self.sum_at(**place).is_none_or(|found| found == *sum || found == [0; 32]);
+        let place = places.iter().find(own_or_free).or(places.get(self.next));
+        let Some(place) = place.copied() else { return };
+        self.next = (self.next + 1) % PLACES;
         let written = self.file.write_all_at(sum, place).and_then(|()| self.file.write_all_at(bytes, place + SUM));
         if let Err(error) = written {
             tracing::debug!(%error, "A chunk cannot be cached");
         }
     }
 
-    fn places(&self, sum: &Sum) -> [u64; 2] {
-        let (halves, _) = sum.as_chunks::<8>();
-        let place =
-            |index: usize| halves.get(index).map_or(0, |half| u64::from_le_bytes(*half)) % self.slots * self.slot;
-        [place(0), place(1)]
+    /// Whether all chunks of `index` are there now. Reads them.
+    pub fn has_all(&mut self, index: &ChunkIndex) -> bool {
+        let starts = (0..index.length()).step_by(usize::try_from(index.chunk_size()).unwrap_or(usize::MAX));
+        let mut chunks = starts.filter_map(|start| Some((index.at(start)?.sum, index.length_at(start))));
+        chunks.all(|(sum, length)| self.get(&sum, length).is_some())
+    }
+
+    fn sum_at(&self, place: u64) -> Option<Sum> {
+        let mut found = [0; 32];
+        self.file.read_exact_at(&mut found, place).ok().map(|()| found)
+    }
+
+    fn places(&self, sum: &Sum) -> [u64; PLACES] {
+        let (words, _) = sum.as_chunks::<4>();
+        let word = |index: usize| words.get(index).map_or(0, |word| u32::from_le_bytes(*word));
+        std::array::from_fn(|index| u64::from(word(index)) % self.slots * self.slot)
+    }
+}
+
+/// Who has no chunks: what the cache has is all that there is.
+#[derive(Debug)]
+pub struct NoChunks;
+
+impl ChunkStore for NoChunks {
+    fn want(&mut self, chunks: &[&Chunk]) -> Result<(), SourceError> {
+        if chunks.is_empty() { Ok(()) } else { Err(SourceError::Gone(io::ErrorKind::NotConnected.into())) }
+    }
+
+    fn take(&mut self, _: &Chunk, _: &mut Vec<u8>) -> Result<(), SourceError> {
+        Err(SourceError::Nonsense)
     }
 }
 
@@ -98,9 +133,21 @@ mod tests {
         // Another process finds what is there.
         let mut other = ChunkCache::open(&path, 4096, limit).expect("open");
         let found = (1..=200).filter(|number| other.get(&chunk(*number).0, 4096).is_some()).count();
-        assert!((10..=20).contains(&found), "{found}");
+        assert!((15..=20).contains(&found), "{found}");
         assert!(ChunkCache::open(&path, 4096, 4096 + SUM - 1).is_err());
         ChunkCache::open(&path, 4096, 4096 + SUM).expect("room for one");
+    }
+
+    #[test]
+    fn a_quarter_of_the_cache_has_room_for_all_that_is_put_there() {
+        let directory = tempfile::tempdir().expect("directory");
+        let mut cache = ChunkCache::open(&directory.path().join("cache"), 4096, 1000 * (4096 + SUM)).expect("open");
+        for number in 1..=250 {
+            let (sum, bytes) = chunk(number);
+            cache.put(&sum, &bytes);
+        }
+        let found = (1..=250).filter(|number| cache.get(&chunk(*number).0, 4096).is_some()).count();
+        assert_eq!(found, 250);
     }
 
     #[test]

@@ -65,7 +65,7 @@ pub struct ChunkedSource {
     index: Arc<ChunkIndex>,
     store: Box<dyn ChunkStore>,
     cache: Option<ChunkCache>,
-    recent: VecDeque<(Sum, Vec<u8>)>,
+    pub(super) recent: VecDeque<(Sum, Vec<u8>)>,
     unpacker: zstd::bulk::Decompressor<'static>,
     packed: Vec<u8>,
 }
@@ -242,6 +242,14 @@ mod tests {
             assert!(found == bytes[start..start + length], "{offset:#x}");
         }
         assert!(source.recent.len() as u64 <= RECENT / CHUNK);
+        // And in a file, with its holes.
+        let unpacked = tempfile::tempfile().expect("file");
+        super::super::pack::unpack(&mut source, &unpacked).expect("unpack");
+        let mut found = vec![0; bytes.len()];
+        unpacked.read_exact_at(&mut found, 0).expect("read");
+        assert!(found == bytes);
+        let unpacked = super::super::FileSource::new(unpacked).expect("source");
+        assert_eq!((unpacked.length(), unpacked.run(0)), (bytes.len() as u64, Run { zeros: true, end: CHUNK }));
     }
 
     #[test]

@@ -110,6 +110,12 @@ impl ChunkIndex {
         self.chunk_size().min(self.length.saturating_sub(start))
     }
 
+    /// Bytes of the memory that are in chunks, and not zeros.
+    pub fn stored_bytes(&self) -> u64 {
+        let starts = (0..).map(|place| place * self.chunk_size()).zip(&self.places);
+        starts.filter(|(_, number)| **number != 0).map(|(start, _)| self.length_at(start)).sum()
+    }
+
     /// The bytes of the file.
     pub fn encode(&self) -> Result<Vec<u8>, IndexError> {
         let body = postcard::to_stdvec(self).map_err(|_| IndexError::Contents)?;
@@ -181,6 +187,7 @@ mod tests {
         assert_eq!(index.at(65536).map(|chunk| chunk.sum[0]), Some(1));
         assert_eq!(index.at(5 * 65536 - 4097).map(|chunk| chunk.sum[0]), Some(2));
         assert_eq!(index.at(5 * 65536), None);
+        assert_eq!(index.stored_bytes(), 4 * 65536 - 4096);
         assert_eq!((index.length_at(65537), index.length_at(4 * 65536)), (65536, 65536 - 4096));
     }
 

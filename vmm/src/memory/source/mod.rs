@@ -25,14 +25,14 @@ use std::time::Duration;
 
 use vmm_sys_util::eventfd::EventFd;
 
-pub use cache::ChunkCache;
+pub use cache::{ChunkCache, NoChunks};
 pub use chunked::{ChunkFile, ChunkedSource};
 pub use file::FileSource;
 pub use index::ChunkIndex;
 pub use layered::LayeredSource;
 pub use remote::RemoteChunks;
 pub use server::{ChunkServer, Listener};
-pub use stream::Address;
+pub use stream::{Address, AddressError};
 
 /// The memory of a template, read by one thread.
 pub trait Source: fmt::Debug + Send {

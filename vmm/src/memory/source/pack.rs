@@ -10,18 +10,22 @@ use sha2::{Digest, Sha256};
 
 use super::index::{Chunk, ChunkIndex, IndexError, Sum};
 use super::{FileSource, Source, SourceError};
+use crate::snapshot::write_pages;
 
 /// As zstd's own default: packing twice as well takes ten times as long.
 const LEVEL: i32 = 3;
 
-/// Why there are no chunks.
+/// Bytes that are unpacked at a time.
+const UNPACKED: usize = 256 << 10;
+
+/// Why there are no chunks, or no memory of them.
 #[derive(Debug, thiserror::Error)]
 pub enum PackError {
     /// The memory cannot be read.
-    #[error("Cannot read the memory that is to be packed")]
+    #[error(transparent)]
     Source(#[from] SourceError),
-    /// The file of chunks cannot be written.
-    #[error("Cannot write the file of chunks")]
+    /// The file of chunks, or of memory, cannot be written.
+    #[error("Cannot write the template's memory")]
     Write(#[source] io::Error),
     /// Sizes that no index has.
     #[error("A memory of {length} bytes cannot be cut into chunks of {chunk}")]
@@ -62,6 +66,25 @@ pub fn pack(memory: File, file: &mut File, chunk: u32) -> Result<ChunkIndex, Pac
         offset = end;
     }
     ChunkIndex::new(length, chunk, places, packer.chunks).map_err(sizes)
+}
+
+/// Writes `memory` to a fresh file, without its zeros.
+pub fn unpack(memory: &mut dyn Source, file: &File) -> Result<(), PackError> {
+    let length = memory.length();
+    file.set_len(length).map_err(PackError::Write)?;
+    let mut buffer = vec![0; UNPACKED];
+    let mut offset = 0;
+    while offset < length {
+        let run = memory.run(offset);
+        let end = if run.zeros { run.end } else { run.end.min(offset + UNPACKED as u64) };
+        if !run.zeros {
+            let bytes = buffer.get_mut(..usize::try_from(end - offset).unwrap_or_default()).unwrap_or_default();
+            memory.read(offset, bytes)?;
+            write_pages(bytes, file, offset).map_err(PackError::Write)?;
+        }
+        offset = end;
+    }
+    file.sync_all().map_err(PackError::Write)
 }
 
 struct Packer<'a> {

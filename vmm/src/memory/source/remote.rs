@@ -47,6 +47,11 @@ impl RemoteChunks {
         Ok(Self { stream, patience, wanted: VecDeque::new() })
     }
 
+    /// Each request after this may take so long to be answered.
+    pub fn be_patient(&mut self, patience: Duration) {
+        self.patience = patience;
+    }
+
     /// The server's index, which must have this SHA-256: the one in the template's manifest.
     pub fn index(&mut self, expected: &Sum) -> Result<ChunkIndex, RemoteError> {
         let deadline = Instant::now() + self.patience;

@@ -1,22 +1,70 @@
 //! A connection with deadlines.
 
+use std::fmt;
 use std::io::{self, Read, Write};
-use std::net::{TcpStream, ToSocketAddrs};
+use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
-/// Where a server of chunks is.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// Where a server of chunks is. As text, `unix:PATH` or `tcp:ADDRESS:PORT`: no name, because programs that are linked
+/// statically cannot look names up, and nobody should wait for that who starts a sandbox.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub enum Address {
     /// A socket of this host.
     Unix(PathBuf),
     /// `HOST:PORT`.
     Tcp(String),
+}
+
+/// The text is no address.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is no address of a server of chunks: unix:PATH, from the root on, or tcp:ADDRESS:PORT")]
+pub struct AddressError(String);
+
+impl FromStr for Address {
+    type Err = AddressError;
+
+    fn from_str(text: &str) -> Result<Self, AddressError> {
+        let unix = text.strip_prefix("unix:").filter(|path| path.starts_with('/'));
+        let tcp = text.strip_prefix("tcp:").filter(|name| name.parse::<SocketAddr>().is_ok());
+        match (unix, tcp) {
+            (Some(path), _) => Ok(Self::Unix(path.into())),
+            (_, Some(name)) => Ok(Self::Tcp(name.to_owned())),
+            _ => Err(AddressError(text.to_owned())),
+        }
+    }
+}
+
+impl TryFrom<String> for Address {
+    type Error = AddressError;
+
+    fn try_from(text: String) -> Result<Self, AddressError> {
+        text.parse()
+    }
+}
+
+impl From<Address> for String {
+    fn from(address: Address) -> Self {
+        address.to_string()
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+            Self::Tcp(name) => write!(f, "tcp:{name}"),
+        }
+    }
 }
 
 /// A connection whose every use has a deadline.
@@ -37,7 +85,7 @@ impl Stream {
     /// Connects to `address`, or to the first of its addresses that answers. Each may take so long.
     pub fn connect(address: &Address, patience: Duration) -> io::Result<Self> {
         let socket = match address {
-            Address::Unix(path) => Socket::Unix(UnixStream::connect(path)?),
+            Address::Unix(path) => Socket::Unix(connect_unix(path)?),
             Address::Tcp(name) => Socket::Tcp(connect_tcp(name, patience)?),
         };
         Self::new(socket)
@@ -145,6 +193,14 @@ impl AsRawFd for Stream {
     }
 }
 
+/// Connects at once, or not: a server with more clients waiting than it has room for is as good as gone.
+fn connect_unix(path: &Path) -> io::Result<UnixStream> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    Ok(socket.into())
+}
+
 fn connect_tcp(name: &str, patience: Duration) -> io::Result<TcpStream> {
     let mut last = io::Error::from(io::ErrorKind::NotFound);
     for address in name.to_socket_addrs()? {
@@ -154,4 +210,44 @@ fn connect_tcp(name: &str, patience: Duration) -> io::Result<TcpStream> {
         }
     }
     Err(last)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    #[test]
+    fn addresses_are_read_as_they_are_written() {
+        for text in ["unix:/run/chunks", "tcp:192.0.2.7:4711", "tcp:[::1]:1"] {
+            assert_eq!(text.parse::<Address>().map(|address| address.to_string()), Ok(text.to_owned()));
+        }
+        for text in [
+            "",
+            "/run/chunks",
+            "unix:run/chunks",
+            "unix:",
+            "tcp:",
+            "tcp:a",
+            "tcp:::1",
+            "tcp:192.0.2.7",
+            "tcp:192.0.2.7:65536",
+            "tcp:node-7:4711",
+            "udp:192.0.2.7:1",
+        ] {
+            let error = text.parse::<Address>().expect_err("no address").to_string();
+            assert!(error.starts_with(&format!("{text:?} is no address")), "{error}");
+        }
+    }
+
+    #[test]
+    fn nobody_waits_in_line_for_a_server() {
+        let directory = tempfile::tempdir().expect("directory");
+        let path = directory.path().join("socket");
+        let listener = UnixListener::bind(&path).expect("bind");
+        nix::sys::socket::listen(&listener, nix::sys::socket::Backlog::new(1).expect("short")).expect("listen");
+        let waiting: Vec<_> = (0..8).map_while(|_| connect_unix(&path).ok()).collect();
+        assert!((1..8).contains(&waiting.len()), "{}", waiting.len());
+    }
 }
