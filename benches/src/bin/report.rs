@@ -28,6 +28,9 @@ fn main() -> Result<()> {
     page.measure("Restored machines, native KVM", || natively("restore"))?;
     page.measure("Memory that comes by mapping or page by page, native KVM", || natively("lazy"))?;
 
+    if page.wanted.is_empty() {
+        eprintln!("What follows takes an hour and a half where the host is emulated");
+    }
     let on_a_host = |name: &str, arguments: &[&str]| {
         let mut host = Command::new(root.join("target/debug/nested-host"));
         host.args(["run", "--auto", "--memory", "8G", "--timeout", "3600", "--"]).arg(program(name)).args(arguments);
@@ -42,6 +45,7 @@ fn main() -> Result<()> {
     // None of a thousand may fail.
     let again = || containers(&["together", "--rounds", "10", "--only", "restored", "100"]);
     page.measure(&format!("A hundred at once, again and again, {place}"), again)?;
+    ensure!(page.measured > 0, "No section's title has any of {:?}", page.wanted);
     print!("{}", page.text());
     Ok(())
 }
@@ -53,6 +57,8 @@ struct Page {
     wanted: Vec<String>,
     /// Titles and tables.
     sections: Vec<(String, String)>,
+    /// How many sections were measured.
+    measured: usize,
 }
 
 const HEAD: &str = "# Performance
@@ -65,7 +71,7 @@ const SECTION: &str = "\n## ";
 impl Page {
     /// Keeps the sections of the page that are not wanted.
     fn open(path: PathBuf, wanted: Vec<String>) -> Result<Self> {
-        let mut page = Self { path, wanted, sections: Vec::new() };
+        let mut page = Self { path, wanted, sections: Vec::new(), measured: 0 };
         if !page.wanted.is_empty() {
             let text =
                 fs::read_to_string(&page.path).with_context(|| format!("Cannot read {}", page.path.display()))?;
@@ -80,8 +86,9 @@ impl Page {
         if !self.wanted.is_empty() && !self.wanted.iter().any(|words| title.contains(words)) {
             return Ok(());
         }
+        eprintln!("Measuring: {title}");
         let tables = tables()?;
-        eprintln!("Measured: {title}");
+        self.measured += 1;
         match self.sections.iter_mut().find(|(other, _)| other == title) {
             Some(section) => section.1 = tables,
             None => self.sections.push((title.to_owned(), tables)),

@@ -133,9 +133,8 @@ impl Sandbox {
         events: Arc<Publisher>,
         spare: Option<Spare>,
     ) -> Result<Arc<Self>, StartError> {
-        // A process that has, or had, a spare is confined. So is one whose first start has failed.
+        // A process that has, or had, a spare is confined.
         let confined = spare.is_some();
-        let may_make_template = !confined && !seccomp::is_confined();
         let spare = spare.and_then(|spare| spare.if_made_for(&config));
         let (dir, share, plan) = match spare {
             Some(spare) => {
@@ -144,7 +143,7 @@ impl Sandbox {
             }
             None => {
                 let path = request.config_path.as_deref();
-                let plan = template::plan(&config, path, run_dir, &host.main, may_make_template).await?;
+                let plan = template::plan(&config, path, run_dir, &host.main).await?;
                 let dir = SandboxDir::create(run_dir, &request.id)?;
                 if confined {
                     // The helper knows of the spare's place alone.

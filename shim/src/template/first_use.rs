@@ -64,13 +64,12 @@ impl Ready {
 ///
 /// To be called before the process joins its sandbox's control group and is confined: the maker of a template is a
 /// process of the node, not of the sandbox. Files are read, and the maker is started, by the thread `main`. A process
-/// that is confined already, as it `may_make` none, looks for a template and leaves it at that.
+/// that is confined already, for a spare or for a start that failed, looks for a template and leaves it at that.
 pub async fn plan(
     config: &Config,
     config_path: Option<&Path>,
     run_dir: &RunDir,
     main: &MainThread,
-    may_make: bool,
 ) -> Result<Plan, Ended> {
     if !config.factory.enabled {
         return Ok(Plan::Boot);
@@ -89,7 +88,7 @@ pub async fn plan(
         TemplateError::Missing(_) => tracing::info!("{unusable} yet"),
         _ => tracing::warn!("The template is not used: {}", with_causes(&unusable)),
     }
-    if !may_make || !unusable.is_curable() {
+    if seccomp::is_confined() || !unusable.is_curable() {
         return Ok(Plan::Boot);
     }
     if let Some(why) = store.recent_failure(&name, RETRY_AFTER) {
@@ -212,7 +211,7 @@ mod tests {
     async fn without_the_factory_nothing_is_looked_at() {
         let run_dir = RunDir::at("/nonexistent".into());
         let (main, _work) = crate::main_thread::new();
-        assert!(matches!(plan(&Config::default(), None, &run_dir, &main, true).await, Ok(Plan::Boot)));
+        assert!(matches!(plan(&Config::default(), None, &run_dir, &main).await, Ok(Plan::Boot)));
     }
 
     #[tokio::test]
