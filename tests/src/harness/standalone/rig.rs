@@ -6,10 +6,13 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use super::{Order, Vm, order};
 use crate::harness::scene::{self, Parts};
 use crate::harness::{HOME, HostState};
+
+const UNMOUNT_PATIENCE: Duration = Duration::from_secs(20);
 
 /// Where a test's machines are.
 pub struct Rig {
@@ -139,9 +142,28 @@ impl Drop for Rig {
             scene::testify(&self.evidence());
         }
         for dir in self.mounts.borrow().iter() {
-            let _ = Command::new("/bin/busybox").args(["umount", "-d"]).arg(dir).status();
+            unmount(dir);
         }
         let _ = fs::remove_dir_all(&self.dir);
+    }
+}
+
+/// Unmounts a file system and frees its loop device. The kernel lets go of the files of an I/O ring some time after the ring's
+/// process has ended (`io_ring_exit_work`), so a busy one is tried again.
+fn unmount(dir: &Path) {
+    let deadline = Instant::now() + UNMOUNT_PATIENCE;
+    loop {
+        let output = Command::new("/bin/busybox").args(["umount", "-d"]).arg(dir).stdin(Stdio::null()).output();
+        let why = match output {
+            Ok(output) if output.status.success() => return,
+            Ok(output) => String::from_utf8_lossy(&output.stderr).trim_end().to_owned(),
+            Err(error) => error.to_string(),
+        };
+        if Instant::now() > deadline {
+            eprintln!("{} is still mounted after {} s: {why}", dir.display(), UNMOUNT_PATIENCE.as_secs());
+            return;
+        }
+        thread::sleep(Duration::from_millis(100));
     }
 }
 
