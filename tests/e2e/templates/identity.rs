@@ -2,16 +2,12 @@
 
 use std::collections::HashMap;
 use std::env;
-use std::io::{BufRead, BufReader, Write};
-use std::process::Stdio;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use inlay_tests::harness::{Scene, containerd};
-use inlay_tests::images;
+use inlay_tests::harness::Scene;
 
 use super::{make, remove, run_at_once, with_factory};
 
-crate::for_inlay!(shares_nothing_random_with_another_clone, has_the_hosts_time);
+crate::for_inlay!(shares_nothing_random_with_another_clone);
 
 /// How many clones are compared; the variable asks for more.
 const CLONES: usize = 20;
@@ -28,8 +24,6 @@ const LOOK: &str = r#"
     cat /proc/sys/kernel/random/boot_id /proc/sys/kernel/random/uuid; hostname"#;
 /// What must not be shared, in hexadecimal digits: 32 bytes.
 const SHARED: usize = 64;
-/// The accuracy that is promised.
-const ACCURACY: Duration = Duration::from_millis(10);
 
 fn shares_nothing_random_with_another_clone(scene: &Scene) {
     let clones = env::var(VARIABLE).ok().and_then(|count| count.parse().ok()).unwrap_or(CLONES);
@@ -62,47 +56,4 @@ fn compare(owner: &mut HashMap<Vec<u8>, usize>, clone: usize, output: &str) {
         let other = *owner.entry(piece).or_insert(clone);
         assert_eq!(other, clone, "clones {other} and {clone} share {text}");
     }
-}
-
-/// The container is asked for the time again and again; the quickest answer tells most exactly.
-fn has_the_hosts_time(scene: &Scene) {
-    with_factory(scene, "", "");
-    make(scene);
-    let id = scene.id("clock");
-    let mut command = containerd().command();
-    command.args(["run", "--rm", "--runtime", scene.runtime.name(), images::BUSYBOX, &id]);
-    command.args(["sh", "-c", "while read x; do adjtimex; done"]).stdin(Stdio::piped()).stdout(Stdio::piped());
-    let mut child = command.spawn().unwrap();
-    let (mut input, mut answers) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()).lines());
-    let now = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
-    let mut best: Option<(Duration, f64)> = None;
-    for _ in 0..30 {
-        let asked = now();
-        input.write_all(b"x\n").unwrap();
-        let said = read_time(&mut answers);
-        let answered = now();
-        let taken = answered - asked;
-        let off = said - (asked + taken / 2).as_secs_f64();
-        if best.is_none_or(|(least, _)| taken < least) {
-            best = Some((taken, off));
-        }
-    }
-    drop(input);
-    assert!(child.wait().unwrap().success());
-    let (taken, off) = best.unwrap();
-    println!("the guest's clock is off by {:.1} ms, to within {:.1} ms", off * 1e3, taken.as_secs_f64() * 500.0);
-    let bound = ACCURACY + taken / 2;
-    assert!(off.abs() <= bound.as_secs_f64(), "off by {off} s, asked in {taken:?}");
-    remove(scene);
-}
-
-/// What busybox's `adjtimex` prints, in seconds since 1970.
-fn read_time(lines: &mut impl Iterator<Item = std::io::Result<String>>) -> f64 {
-    let mut number = |name: &str| {
-        let line = lines.by_ref().map(Result::unwrap).find(|line| line.contains(name)).expect("a line of adjtimex");
-        line.split_whitespace().last().unwrap().parse::<u32>().unwrap()
-    };
-    let (seconds, microseconds) = (number("time.tv_sec"), number("time.tv_usec"));
-    let _last = lines.find(|line| line.as_ref().is_ok_and(|line| line.contains("return value")));
-    f64::from(seconds) + f64::from(microseconds) / 1e6
 }

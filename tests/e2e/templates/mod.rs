@@ -1,5 +1,6 @@
 //! Sandboxes that are restored from a template instead of being booted.
 
+mod clock;
 mod identity;
 mod lazy;
 mod life;
