@@ -47,7 +47,7 @@ pub(super) struct Assembly {
     loops: Vec<Arc<LoopThread>>,
     // Dropped after the threads that may wait for it, and before the memory.
     lazy: Option<LazyMemory>,
-    live: Live,
+    live: Arc<Live>,
     hardware: Hardware,
 }
 
@@ -117,7 +117,7 @@ impl Assembly {
             slots: replaceable,
             loops,
             lazy: None,
-            live: Live::new(confinement),
+            live: Arc::new(Live::new(confinement)),
             hardware,
         })
     }

@@ -62,7 +62,16 @@ impl Machine {
     /// After an error there is no snapshot, and the guest has lost nothing. While this is under way other snapshots are refused, and
     /// [`stop`](Self::stop) ends it. Devices that take memory away from the guest, such as a balloon, do not until it is done.
     pub fn snapshot_live(&self, directory: &Path) -> Result<LiveSnapshot, SnapshotError> {
-        let turn = self.live.begin()?;
+        self.snapshot_in(self.begin_live()?, directory)
+    }
+
+    /// Leave for a [`snapshot_live`](Self::snapshot_live), which is under way from here on: it can be given up before it was called.
+    pub(crate) fn begin_live(&self) -> Result<Turn, SnapshotError> {
+        self.live.begin()
+    }
+
+    /// A [`snapshot_live`](Self::snapshot_live) whose turn was taken before.
+    pub(crate) fn snapshot_in(&self, turn: Turn, directory: &Path) -> Result<LiveSnapshot, SnapshotError> {
         self.expect_alive(self.state() != RunState::Ended)?;
         let draft = Draft::begin(directory)?;
         let (file, path) = draft.open(MEMORY)?;
@@ -335,14 +344,14 @@ impl Live {
         }
     }
 
-    fn begin(&self) -> Result<Turn<'_>, SnapshotError> {
+    fn begin(self: &Arc<Self>) -> Result<Turn, SnapshotError> {
         let mut stage = self.lock();
         if !matches!(*stage, Stage::Idle) {
             return Err(SnapshotError::Live);
         }
         let progress = Arc::new(Progress::default());
         *stage = Stage::Copying(Arc::clone(&progress));
-        Ok(Turn { live: self, progress })
+        Ok(Turn { live: Arc::clone(self), progress })
     }
 
     fn set(&self, stage: Stage) {
@@ -356,19 +365,37 @@ impl Live {
 }
 
 /// Leave to take a snapshot, until this is dropped.
-struct Turn<'a> {
-    live: &'a Live,
+pub(crate) struct Turn {
+    live: Arc<Live>,
     progress: Arc<Progress>,
 }
 
-impl Turn<'_> {
+impl Turn {
     fn copied(&self) {
         self.live.set(Stage::Writing(Arc::clone(&self.progress)));
     }
 }
 
-impl Drop for Turn<'_> {
+impl Drop for Turn {
     fn drop(&mut self) {
         self.live.set(Stage::Idle);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_turn_can_be_given_up_before_it_is_used() {
+        let live = Arc::new(Live::new(Confinement::Off));
+        live.expect_idle().expect("idle");
+        let turn = live.begin().expect("a turn");
+        assert!(matches!(live.begin(), Err(SnapshotError::Live)));
+        live.hurry();
+        assert!(turn.progress.is_stopped());
+        drop(turn);
+        live.expect_idle().expect("idle again");
+        assert!(!live.begin().expect("a new turn").progress.is_stopped());
     }
 }

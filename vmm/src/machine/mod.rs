@@ -76,7 +76,7 @@ pub struct Machine {
     loops: Vec<Arc<LoopThread>>,
     /// What brings memory page by page, where that is how it comes.
     lazy: Option<LazyMemory>,
-    live: Live,
+    live: Arc<Live>,
     /// Gone when the machine was stopped.
     hardware: Mutex<Option<Hardware>>,
 }

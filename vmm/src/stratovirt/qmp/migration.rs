@@ -49,12 +49,13 @@ impl Migration {
         self.lock().status = status;
     }
 
-    /// Saves `machine` in a thread of its own.
+    /// Saves `machine` in a thread of its own. It can be given up as soon as this returns.
     fn begin(&self, machine: Arc<Machine>, directory: PathBuf) -> Result<(), CommandError> {
+        let turn = machine.begin_live()?;
         let mut state = self.lock();
         let (shared, saved_machine) = (Arc::clone(&self.0), Arc::clone(&machine));
         let body = move || {
-            let saved = machine.snapshot_live(&directory);
+            let saved = machine.snapshot_in(turn, &directory);
             drop(machine);
             shared.lock().unwrap_or_else(PoisonError::into_inner).status = match saved {
                 Ok(taken) => Status::Completed(Some(taken)),
