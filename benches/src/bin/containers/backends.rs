@@ -14,7 +14,6 @@ use inlay_tests::images;
 
 use crate::{inlay, trace, traced};
 
-const DEFAULT_ROUNDS: usize = 10;
 /// When a container that does nothing has come to rest.
 const REST: Duration = Duration::from_secs(10);
 /// Between two looks at a sandbox's memory.
@@ -47,11 +46,7 @@ struct Figures {
 }
 
 /// Measures so many starts of each kind, in turns there and back, and prints a table.
-pub fn run(rounds: Option<&String>) -> Result<()> {
-    let rounds = match rounds {
-        Some(text) => text.parse().context("The number of rounds is no number")?,
-        None => DEFAULT_ROUNDS,
-    };
+pub fn run(rounds: usize) -> Result<()> {
     let parts = Parts::find();
     let mut all: Vec<_> = Backend::ALL.iter().map(|backend| (*backend, Figures::default())).collect();
     for (backend, figures) in &mut all {

@@ -1,20 +1,11 @@
 //! Containers through real containerd: Inlay beside runc, in turns, on the host that this runs in.
-//! Prints Markdown tables.
-//!
-//! ```text
-//! containers [RUNS]
-//! containers backends [ROUNDS]
-//! containers together [--rounds N] [--only runc|cold|restored]... [COUNT ...]
-//! ```
-//!
-//! The second starts one at a time, by where its guest comes from. The third starts so many containers at once, 1, 10 and
-//! 100 if no count is given, and fails if one of them fails. A hundred sandboxes that boot take more memory than the nested
-//! host usually has: `nested-host run --memory 8G`.
+//! Prints Markdown tables. `--help` says what can be measured.
 
 mod backends;
 mod together;
 
 use std::fs;
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
@@ -22,22 +13,47 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use benches::table::{markdown, median, milliseconds};
+use clap::{Parser, Subcommand};
 use inlay_tests::harness::trace::{STAGES, Start};
 use inlay_tests::harness::{HOME, Parts, Pss, Runtime, configure, containerd, unique};
 use inlay_tests::images;
 
-const DEFAULT_RUNS: usize = 10;
 /// How long a started container may take to its first output.
 const TRACE_LIMIT: Duration = Duration::from_secs(30);
 
+#[derive(Parser)]
+#[command(about = "Starts containers of Inlay and of runc in turns, and prints tables of what that took")]
+struct Arguments {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Subcommand)]
+enum What {
+    /// `ctr run --rm`, the stages of a cold start, memory and disk.
+    Runs {
+        #[arg(default_value = "10")]
+        runs: NonZeroUsize,
+    },
+    /// One start at a time, by where its guest comes from.
+    Backends {
+        #[arg(default_value = "10")]
+        rounds: NonZeroUsize,
+    },
+    /// So many starts at once. A hundred sandboxes that boot take more memory than the nested host usually has: `--memory 8G`.
+    Together(together::Order),
+}
+
 fn main() -> Result<()> {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let runs = match arguments.as_slice() {
-        [] => DEFAULT_RUNS,
-        [word, rest @ ..] if word == "together" => return together::run(rest),
-        [word, rest @ ..] if word == "backends" => return backends::run(rest.first()),
-        [text, ..] => text.parse().context("The number of runs is no number")?,
-    };
+    match Arguments::parse().what {
+        What::Runs { runs } => one_by_one(runs.get()),
+        What::Backends { rounds } => backends::run(rounds.get()),
+        What::Together(order) => together::run(order),
+    }
+}
+
+/// Measures whole lives of containers, and prints.
+fn one_by_one(runs: usize) -> Result<()> {
     let parts = Parts::find();
     configure(&parts.configuration(""))?;
 

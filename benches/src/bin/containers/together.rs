@@ -5,23 +5,22 @@ use std::num::NonZeroUsize;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use benches::table::{markdown, median, milliseconds};
+use clap::{Args, ValueEnum};
 use inlay_tests::harness::trace::Start;
 use inlay_tests::harness::{HostState, Parts, Runtime, configure, containerd, unique};
 use inlay_tests::images;
 
 use crate::{inlay, trace, traced};
 
-const DEFAULT_COUNTS: [usize; 3] = [1, 10, 100];
-const DEFAULT_ROUNDS: usize = 3;
 /// containerd gives a shim 2 s to say which FIFOs its container has, and `ctr` leaves them where no answer comes by then.
 const REMOVED_AT_ONCE: usize = 10;
 /// The template of the usual configuration file.
 const TEMPLATE: &str = "default";
 
 /// Where the guest comes from.
-#[derive(Clone, Copy, PartialEq)]
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
 enum Kind {
     Runc,
     Cold,
@@ -30,15 +29,6 @@ enum Kind {
 
 impl Kind {
     const ALL: [Self; 3] = [Self::Runc, Self::Cold, Self::Restored];
-
-    fn of(word: &str) -> Result<Self> {
-        match word {
-            "runc" => Ok(Self::Runc),
-            "cold" => Ok(Self::Cold),
-            "restored" => Ok(Self::Restored),
-            _ => bail!("{word} is none of runc, cold and restored"),
-        }
-    }
 
     fn name(self) -> &'static str {
         match self {
@@ -62,16 +52,23 @@ struct Figures {
     failed: usize,
 }
 
-/// What the command line asks for.
-struct Order {
-    rounds: usize,
-    counts: Vec<usize>,
+/// How many of what.
+#[derive(Args)]
+pub struct Order {
+    #[arg(long, default_value = "3")]
+    rounds: NonZeroUsize,
+    /// Only these; once for each.
+    #[arg(long = "only", value_name = "KIND")]
     kinds: Vec<Kind>,
+    /// How many at once; one after the other, where there are several.
+    #[arg(default_values = ["1", "10", "100"])]
+    counts: Vec<NonZeroUsize>,
 }
 
 /// Measures and prints, round by round in turns. Fails if a start has failed.
-pub fn run(arguments: &[String]) -> Result<()> {
-    let Order { rounds, counts, kinds } = parse(arguments)?;
+pub fn run(order: Order) -> Result<()> {
+    let Order { rounds, counts, kinds } = order;
+    let kinds = if kinds.is_empty() { Kind::ALL.to_vec() } else { kinds };
     let parts = Parts::find();
     // Once each, uncounted.
     for kind in &kinds {
@@ -82,15 +79,15 @@ pub fn run(arguments: &[String]) -> Result<()> {
     let mut failed = 0;
     for count in counts {
         let mut all: Vec<_> = kinds.iter().map(|kind| (*kind, Figures::default())).collect();
-        for _ in 0..rounds {
+        for _ in 0..rounds.get() {
             for (kind, figures) in &mut all {
                 prepare(&parts, *kind)?;
-                round(*kind, count, figures)?;
+                round(*kind, count.get(), figures)?;
             }
         }
         let anchor = all.iter().find(|(kind, _)| *kind == Kind::Runc);
         let anchor = anchor.map(|(_, figures)| median(figures.walls.iter().copied()));
-        rows.extend(all.iter().map(|(kind, figures)| row(*kind, count, figures, anchor)));
+        rows.extend(all.iter().map(|(kind, figures)| row(*kind, count.get(), figures, anchor)));
         failed += all.iter().map(|(_, figures)| figures.failed).sum::<usize>();
     }
     println!("### So many `ctr run --detach` at once, medians of {rounds} rounds in turns\n");
@@ -100,27 +97,6 @@ pub fn run(arguments: &[String]) -> Result<()> {
     }
     ensure!(failed == 0, "{failed} starts have failed");
     Ok(())
-}
-
-fn parse(arguments: &[String]) -> Result<Order> {
-    let mut order = Order { rounds: DEFAULT_ROUNDS, counts: Vec::new(), kinds: Vec::new() };
-    let number = |text: &str| text.parse::<NonZeroUsize>().with_context(|| format!("{text} is no number above 0"));
-    let mut arguments = arguments.iter();
-    while let Some(argument) = arguments.next() {
-        let mut value = || arguments.next().with_context(|| format!("{argument} needs a value"));
-        match argument.as_str() {
-            "--rounds" => order.rounds = number(value()?)?.get(),
-            "--only" => order.kinds.push(Kind::of(value()?)?),
-            count => order.counts.push(number(count)?.get()),
-        }
-    }
-    if order.counts.is_empty() {
-        order.counts = DEFAULT_COUNTS.to_vec();
-    }
-    if order.kinds.is_empty() {
-        order.kinds = Kind::ALL.to_vec();
-    }
-    Ok(order)
 }
 
 /// The configuration of this kind, and its template.
