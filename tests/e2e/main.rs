@@ -39,6 +39,7 @@ use on_a_rig;
 mod config;
 mod containers;
 mod faults;
+mod files;
 mod guest;
 mod host;
 mod machine;
