@@ -6,7 +6,10 @@ use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
-use support::virtio::{ABOVE, LongMode, PAGE, REQUEST, RESPONSE, SEEN, WINDOW, bring_up, request, see_above};
+use support::virtio::{
+    ABOVE, BLOCK, LongMode, PAGE, PLUG, REQUEST, RESPONSE, SEEN, UNPLUG, WINDOW, bring_up, first_block, request,
+    see_above,
+};
 use support::{Code, EXIT_PORT, config, wait};
 use vmm::{
     BalloonConfig, ConsoleConfig, ExitReason, Machine, MachineConfig, MemConfig, PmemConfig, PortConfig, PortEnd,
@@ -67,16 +70,6 @@ fn a_console_carries_text_both_ways() {
     let mut text = [0; 4];
     ours.read_exact(&mut text).expect("read");
     assert_eq!(&text, b"text");
-}
-
-const BLOCK: u64 = 2 << 20;
-const PLUG: u32 = 0;
-const UNPLUG: u32 = 1;
-
-/// Asks the memory device for its first block, or to take it back.
-fn first_block(code: Code, device: u32, turn: u16, kind: u32) -> Code {
-    let code = code.put(REQUEST, kind).put(REQUEST + 8, 0).put(REQUEST + 12, 1).put(REQUEST + 16, 1);
-    request(code, device, 0, turn, &[(REQUEST.into(), 24, false), (RESPONSE.into(), 10, true)])
 }
 
 fn pluggable(config: &mut MachineConfig) {

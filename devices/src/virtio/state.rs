@@ -170,6 +170,16 @@ pub enum RestoreError {
         /// In the machine.
         present: u64,
     },
+    /// The guest knows of other pluggable memory.
+    #[error("The pluggable memory has {present} {what}, the one in the snapshot has {saved}")]
+    Pluggable {
+        /// Of what.
+        what: &'static str,
+        /// In the snapshot.
+        saved: u64,
+        /// In the machine.
+        present: u64,
+    },
     /// The device's own state means nothing to it.
     #[error("The state of the virtio device of type {device_type} is malformed")]
     Decode {

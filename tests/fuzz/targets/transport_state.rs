@@ -92,7 +92,7 @@ fn device(kind: Kind) -> Box<dyn VirtioDevice> {
             Box::new(Fs::new(config, Confinement::On).expect("A shared directory"))
         }
         Kind::Mem => {
-            let config = MemConfig { size: 32 << 20, block_size: 2 << 20, requested: 4 << 20, node: 0 };
+            let config = MemConfig { size: 32 << 20, block_size: 2 << 20, requested: 0, node: 0 };
             Box::new(Mem::new(config, 4 << 30, Box::new(Nowhere)).expect("A region").0)
         }
         Kind::Vsock => Box::new(Vsock::new(VsockConfig { guest_cid: 3, uds_path: None }).expect("A socket device").0),

@@ -15,7 +15,7 @@ use super::MachineState;
 pub const MAGIC: [u8; 8] = *b"INLAYVM\x01";
 
 /// The version that is written.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// The oldest version that is read.
 pub const OLDEST_VERSION: u32 = 1;

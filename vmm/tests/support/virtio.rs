@@ -88,3 +88,14 @@ pub fn see_above() -> Code {
     // The window of the 2 MiB at 0xd0000000 in the gigabyte from 0xc0000000.
     code.put(WINDOWS + 8 * 128, WINDOW | LARGE_PAGE)
 }
+
+/// Bytes of a block of pluggable memory, and what can be asked for the first one.
+pub const BLOCK: u64 = 2 << 20;
+pub const PLUG: u32 = 0;
+pub const UNPLUG: u32 = 1;
+
+/// Asks the memory device for its first block, or to take it back.
+pub fn first_block(code: Code, device: u32, turn: u16, kind: u32) -> Code {
+    let code = code.put(REQUEST, kind).put(REQUEST + 8, 0).put(REQUEST + 12, 1).put(REQUEST + 16, 1);
+    request(code, device, 0, turn, &[(REQUEST.into(), 24, false), (RESPONSE.into(), 10, true)])
+}

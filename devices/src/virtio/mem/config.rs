@@ -11,11 +11,14 @@ use super::handler::Handler;
 use crate::Subscriber;
 use crate::virtio::queue::{RING_FEATURES, VirtQueue};
 use crate::virtio::worker::QueueWorker;
-use crate::virtio::{ActivateError, Activation, VirtioDevice, config_space};
+use crate::virtio::{ActivateError, Activation, DeviceState, RestoreError, SaveError, VirtioDevice, config_space};
 
 /// `VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE` (section 5.15.3): a driver keeps away from blocks that are
 /// not plugged, and finds no memory there if it does not.
 const F_UNPLUGGED_INACCESSIBLE: u64 = 1;
+
+/// What errors call the device.
+const NAME: &str = "pluggable memory";
 
 /// Linux has one request at a time.
 const QUEUE_SIZE: u16 = 16;
@@ -94,6 +97,8 @@ impl MemConfig {
 /// The configuration half of a memory device.
 pub struct Mem {
     shared: Arc<Shared>,
+    /// The driver was restored, and believes that nothing is wanted of it.
+    unaware: bool,
 }
 
 impl Mem {
@@ -106,7 +111,7 @@ impl Mem {
         }
         let region = Region { addr, size, block_size, node };
         let shared = Arc::new(Shared::new(region, requested, memory).map_err(MemError::EventFd)?);
-        Ok((Self { shared: Arc::clone(&shared) }, MemHandle::new(shared)))
+        Ok((Self { shared: Arc::clone(&shared), unaware: false }, MemHandle::new(shared)))
     }
 
     /// `block_size`, `node_id` with padding, `addr`, `region_size`, `usable_region_size` (all of
@@ -148,12 +153,46 @@ impl VirtioDevice for Mem {
         let Activation { memory, queues, acked_features, interrupt } = activation;
         let queue = queues.into_iter().flatten().next().ok_or(ActivateError::QueueMissing(0))?;
         let queue = VirtQueue::new(queue, &memory, acked_features);
-        self.shared.lock().interrupt = Some(interrupt.clone());
+        let mut state = self.shared.lock();
+        state.interrupt = Some(interrupt.clone());
+        if std::mem::take(&mut self.unaware) && state.requested != 0 {
+            interrupt.config_changed();
+        }
+        drop(state);
         Ok(Box::new(QueueWorker::new("mem", queue, Handler::new(Arc::clone(&self.shared)), interrupt)))
     }
 
     /// The blocks stay as they are (section 5.15.5.1): the next driver unplugs what it does not want.
     fn reset(&mut self) {
         self.shared.lock().interrupt = None;
+    }
+
+    /// Only while nothing is plugged and nothing wanted: what is in the blocks is in no snapshot.
+    fn save(&self) -> Result<DeviceState, SaveError> {
+        let state = self.shared.lock();
+        let busy = |reason| SaveError::Busy { device: NAME.to_owned(), reason };
+        if state.blocks.plugged() != 0 {
+            return Err(busy("the guest has some of it"));
+        }
+        if state.requested != 0 {
+            return Err(busy("the guest is asked to have some of it"));
+        }
+        DeviceState::encode(VIRTIO_ID_MEM, &self.shared.region)
+    }
+
+    /// The region is the one that was configured here, which must be where and what the guest was told.
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        let (saved, present): (Region, _) = (state.decode(VIRTIO_ID_MEM)?, self.shared.region);
+        let pairs = [
+            ("bytes", saved.size, present.size),
+            ("as its address", saved.addr, present.addr),
+            ("as the size of its blocks", saved.block_size, present.block_size),
+            ("as its NUMA node", saved.node.into(), present.node.into()),
+        ];
+        if let Some((what, saved, present)) = pairs.into_iter().find(|(_, saved, present)| saved != present) {
+            return Err(RestoreError::Pluggable { what, saved, present });
+        }
+        self.unaware = true;
+        Ok(())
     }
 }

@@ -4,6 +4,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::blocks::Blocks;
@@ -11,8 +12,8 @@ use super::{MemError, PluggableMemory};
 use crate::virtio::Interrupt;
 use crate::virtio::complaints::Complaints;
 
-/// Where the region is and what it is made of.
-#[derive(Clone, Copy, Debug)]
+/// Where the region is and what it is made of: all that a snapshot has of it.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(super) struct Region {
     pub(super) addr: u64,
     pub(super) size: u64,

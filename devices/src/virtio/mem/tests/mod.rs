@@ -1,6 +1,7 @@
 //! A driver that plugs and unplugs, friendly and hostile.
 
 mod model;
+mod moving;
 
 use std::sync::{Arc, Mutex};
 
