@@ -64,15 +64,16 @@ fn directory_with_busybox() -> PathBuf {
     for name in ["proc", "sys", "dev", "etc", "run", "tmp"] {
         fs::create_dir_all(root.join(name)).unwrap();
     }
-    for name in ["echo", "sleep"] {
+    for name in ["cat", "echo", "sh", "sleep"] {
         fs::copy("/bin/busybox", bin.join(name)).unwrap();
         fs::set_permissions(bin.join(name), fs::Permissions::from_mode(0o755)).unwrap();
     }
     root
 }
 
-/// Runs a container in the sandbox of another, as a pod has them, to its end.
-fn run_member(scene: &Scene, sandbox: &str, args: &[&str], volumes: &[Value]) -> Output {
+/// Runs a container in the sandbox of another, as a pod has them, to its end. Its specification is the other's but for what
+/// `adapt` does to it.
+pub fn run_member(scene: &Scene, sandbox: &str, args: &[&str], adapt: impl FnOnce(&mut Value)) -> Output {
     let information = scene.ctr(&["container", "info", sandbox]).ok().stdout;
     let mut specification = serde_json::from_str::<Value>(&information).unwrap()["Spec"].take();
     let id = scene.id("member");
@@ -83,7 +84,7 @@ fn run_member(scene: &Scene, sandbox: &str, args: &[&str], volumes: &[Value]) ->
     specification["process"]["args"] = json!(args);
     specification["root"]["path"] = json!(directory_with_busybox());
     specification["linux"]["cgroupsPath"] = json!(format!("/default/{id}"));
-    specification["mounts"].as_array_mut().unwrap().extend_from_slice(volumes);
+    adapt(&mut specification);
     let path = Path::new(HOME).join("member.json");
     fs::write(&path, specification.to_string()).unwrap();
     let output =
@@ -97,7 +98,8 @@ fn adds_a_container_while_the_guest_runs(scene: &Scene) {
     let data = Path::new(HOME).join("volume");
     fs::write(&data, "from the host\n").unwrap();
     let volume = json!({"destination": "/etc/data", "type": "bind", "source": data, "options": ["rbind", "ro"]});
-    let output = run_member(scene, &id, &["/bin/echo", "member"], &[volume]).ok();
+    let with_volume = |spec: &mut Value| spec["mounts"].as_array_mut().unwrap().push(volume);
+    let output = run_member(scene, &id, &["/bin/echo", "member"], with_volume).ok();
     assert_eq!(output.stdout, "member\n");
     assert!(scene.state_of(&id).contains("RUNNING"));
     scene.remove(&id);
@@ -108,7 +110,7 @@ fn lives_on_without_its_helper(scene: &Scene) {
     let id = scene.start(&["sleep", "1000"]);
     kill(Processes::of(&id).helper, Signal::SIGKILL).unwrap();
     scene.wait_for("the shim to notice", || scene.log().contains("The helper process has ended"));
-    let output = run_member(scene, &id, &["/bin/echo", "member"], &[]).failed();
+    let output = run_member(scene, &id, &["/bin/echo", "member"], |_| {}).failed();
     assert!(output.stderr.contains("helper process has ended"), "{output:?}");
     assert_eq!(scene.exec(&id, &["echo", "alive"]).ok().stdout, "alive\n");
     scene.remove(&id);

@@ -162,7 +162,15 @@ fn configuration(path: Option<&Path>) -> Vec<Finding> {
     findings.push(artefact("kernel", &config.hypervisor.kernel));
     findings.push(artefact("initrd", &config.hypervisor.initrd));
     findings.push(templates(&config, path));
+    findings.extend(more_memory(&config));
     findings
+}
+
+/// What containers can have beyond what a sandbox starts with, where that is anything.
+fn more_memory(config: &Config) -> Option<Finding> {
+    let (memory, more) = (config.hypervisor.memory_mib, config.hypervisor.more_memory_mib);
+    (more > 0)
+        .then(|| good("memory", format!("{memory} MiB for a sandbox, up to {more} MiB more by its containers' limits")))
 }
 
 /// Whether starts are restored, and from what. No start fails for lack of a template, so nothing here is missing.

@@ -3,6 +3,7 @@
 //! A `configuration-stratovirt.toml` of kata loads as it is. Keys that a machine inlaid in the shim has no use for are
 //! accepted with one notice; a key that nobody knows is reported with the known key nearest to it.
 
+mod memory;
 mod section;
 #[cfg(test)]
 mod tests;
@@ -67,6 +68,9 @@ pub struct Hypervisor {
     pub vcpus: NonZeroU32,
     /// Guest memory in MiB: `default_memory`.
     pub memory_mib: u64,
+    /// MiB that containers with a memory limit can add to that: up to `default_maxmemory` where `enable_virtio_mem` is set,
+    /// else 0.
+    pub more_memory_mib: u64,
     /// How long the guest may keep what it learned from the shared file system: `virtio_fs_cache`.
     pub fs_cache: FsCache,
 }
@@ -200,6 +204,7 @@ impl Default for Config {
                 kernel_params: String::new(),
                 vcpus: NonZeroU32::MIN,
                 memory_mib: DEFAULT_MEMORY_MIB,
+                more_memory_mib: 0,
                 fs_cache: FsCache::Auto,
             },
             agent: Agent {
@@ -291,6 +296,7 @@ impl Hypervisor {
         if let Some(mib) = memory.and_then(|mib| u64::try_from(mib).ok()) {
             self.memory_mib = mib;
         }
+        self.more_memory_mib = memory::more(section, self.memory_mib)?;
         section.choice("shared_fs", "\"virtio-fs\" or \"inline-virtio-fs\"", |text| {
             matches!(text, "virtio-fs" | "inline-virtio-fs").then_some(())
         })?;

@@ -22,6 +22,8 @@ pub const HYPERVISOR: Keys = Keys {
         "kernel_params",
         "default_vcpus",
         "default_memory",
+        "default_maxmemory",
+        "enable_virtio_mem",
         "shared_fs",
         "virtio_fs_cache",
         "factory",
@@ -46,10 +48,8 @@ pub const HYPERVISOR: Keys = Keys {
         "default_bridges",
         "reclaim_guest_freed_memory",
         "overhead_memory",
-        "default_maxmemory",
         "memory_slots",
         "memory_offset",
-        "enable_virtio_mem",
         "block_device_driver",
         "block_device_aio",
         "block_device_cache_set",
@@ -293,7 +293,8 @@ impl Section {
         self.values.remove(key)
     }
 
-    fn full(&self, key: &str) -> String {
+    /// The key with its table, for errors.
+    pub fn full(&self, key: &str) -> String {
         if self.name.is_empty() { key.to_owned() } else { format!("{}.{key}", self.name) }
     }
 }

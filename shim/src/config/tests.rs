@@ -155,6 +155,26 @@ fn a_wrong_value_is_refused_by_name() {
 }
 
 #[test]
+fn more_memory_is_there_where_it_is_asked_for() {
+    let more = |text: &str| {
+        let (config, notices) = parse(&format!("[hypervisor.stratovirt]\n{text}"));
+        assert_eq!(notices, Vec::new());
+        config.hypervisor.more_memory_mib
+    };
+    assert_eq!(more("default_maxmemory = 512"), 0);
+    assert_eq!(more("enable_virtio_mem = false\ndefault_maxmemory = 1"), 0);
+    assert_eq!(more("enable_virtio_mem = true\ndefault_memory = 64\ndefault_maxmemory = 100"), 36);
+    assert_eq!(more("enable_virtio_mem = true\ndefault_memory = 64\ndefault_maxmemory = 64"), 0);
+    let all = more("enable_virtio_mem = true\ndefault_memory = 64");
+    assert_eq!(more("enable_virtio_mem = true\ndefault_memory = 64\ndefault_maxmemory = 0"), all);
+    assert_eq!(more("enable_virtio_mem = true\ndefault_memory = 65\ndefault_maxmemory = 9999999999"), all - 1);
+    let less = refuse("[hypervisor.inlay]\nenable_virtio_mem = true\ndefault_maxmemory = 255");
+    assert!(less.contains("hypervisor.inlay.default_maxmemory must be at least default_memory, or 0"), "{less}");
+    assert!(less.ends_with(", not 255"), "{less}");
+    assert!(refuse("[hypervisor.inlay]\ndefault_maxmemory = -1").contains("must be a number of MiB, or 0"));
+}
+
+#[test]
 fn limits_of_memory_and_cpus_hold() {
     let memory =
         |mib: i64| Config::parse(&format!("[hypervisor.inlay]\ndefault_memory = {mib}"), Path::new("t")).is_ok();

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::ids::{Id, IdError};
 
 pub use process::process;
-pub use resources::resources;
+pub use resources::{MemoryLimit, memory_limit, resources};
 pub use translate::for_guest;
 
 const CONFIG_FILE: &str = "config.json";

@@ -21,6 +21,19 @@ pub fn resources(resources: &LinuxResources) -> oci::LinuxResources {
     }
 }
 
+/// How a container's memory limit is, or is to be changed; `None` where nothing is said of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemoryLimit(
+    /// In bytes; `None` for no limit.
+    pub Option<u64>,
+);
+
+/// What `resources` say of a container's memory limit. Negative is no limit, and 0 says nothing.
+pub fn memory_limit(resources: &LinuxResources) -> Option<MemoryLimit> {
+    let limit = resources.memory().as_ref()?.limit()?;
+    (limit != 0).then(|| MemoryLimit(u64::try_from(limit).ok()))
+}
+
 fn device_rule(rule: &LinuxDeviceCgroup) -> oci::LinuxDeviceCgroup {
     /// In the agent's message every number is there, and a negative one stands for "any".
     const ANY: i64 = -1;
@@ -55,5 +68,21 @@ fn cpu(cpu: &LinuxCpu) -> oci::LinuxCPU {
         RealtimeRuntime: cpu.realtime_runtime().unwrap_or(0),
         RealtimePeriod: cpu.realtime_period().unwrap_or(0),
         ..oci::LinuxCPU::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_memory_limit_is_a_positive_number() {
+        let said = |json: &str| memory_limit(&serde_json::from_str(json).unwrap());
+        assert_eq!(said("{}"), None);
+        assert_eq!(said(r#"{"memory": {"swap": 7}}"#), None);
+        assert_eq!(said(r#"{"memory": {"limit": 0}}"#), None);
+        assert_eq!(said(r#"{"memory": {"limit": -1}}"#), Some(MemoryLimit(None)));
+        assert_eq!(said(r#"{"memory": {"limit": 1}}"#), Some(MemoryLimit(Some(1))));
+        assert_eq!(said(r#"{"memory": {"limit": 9223372036854775807}}"#), Some(MemoryLimit(Some(i64::MAX as u64))));
     }
 }

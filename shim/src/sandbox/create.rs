@@ -11,13 +11,14 @@ use vmm::HostEnd;
 use super::agent::AgentError;
 use super::first_output::FirstOutput;
 use super::guest::{ConnectError, Guest};
+use super::memory::MemoryError;
 use super::{Sandbox, SandboxError, State};
 use crate::container::stdio::{GuestEnds, Stdio, StdioError, Streams};
 use crate::container::{Container, Process};
 use crate::helper::Place;
 use crate::ids::Id;
 use crate::lock::lock;
-use crate::oci::{self, SpecError};
+use crate::oci::{self, MemoryLimit, SpecError};
 use crate::resources::mount::Mount;
 use crate::resources::{ResourceError, volumes};
 
@@ -33,6 +34,14 @@ pub struct ContainerRequest {
     pub rootfs: Vec<Mount>,
     /// Where its standard streams go.
     pub streams: Streams,
+}
+
+impl ContainerRequest {
+    /// Bytes of memory that it may use, if that is limited.
+    fn memory_limit(&self) -> Option<u64> {
+        let resources = self.spec.linux().as_ref()?.resources().as_ref()?;
+        oci::memory_limit(resources).and_then(|MemoryLimit(limit)| limit)
+    }
 }
 
 /// Why a container was not made: the stage that failed, and its cause.
@@ -53,6 +62,9 @@ pub enum CreateError {
     /// The specification.
     #[error("OCI runtime create failed")]
     Spec(#[from] SpecError),
+    /// Memory for its limit.
+    #[error("The sandbox does not get the memory that the container may use")]
+    Memory(#[from] MemoryError),
     /// A standard stream.
     #[error("Cannot set up the container's standard streams")]
     Stdio(#[from] StdioError),
@@ -81,6 +93,9 @@ impl Sandbox {
         if self.container(&request.id).is_some() {
             return Err(CreateError::Exists(request.id));
         }
+        // The guest plugs it while the host does its part.
+        let limit = request.memory_limit();
+        let claim = self.claim_memory(&request.id, limit);
         let sandbox = Arc::clone(self);
         // Mounting may wait for a file system.
         let prepared =
@@ -94,6 +109,7 @@ impl Sandbox {
         guest_request.stdin_port = ports.stdin;
         guest_request.stdout_port = ports.stdout;
         guest_request.stderr_port = ports.stderr;
+        self.memory_is_there(&guest).await?;
         let created = guest.agent.create_container(&guest_request).await;
         created.map_err(|error| CreateError::Agent(guest.blame(error)))?;
 
@@ -101,6 +117,7 @@ impl Sandbox {
         process.keep_stdio(Arc::new(stdio));
         let container = Arc::new(Container::new(request.id.clone(), request.bundle, process, share));
         lock(&self.containers).insert(request.id, Arc::clone(&container));
+        claim.settle(limit);
         if self.is_made_by(&container.id) {
             self.report_start(&container, first_output);
         }

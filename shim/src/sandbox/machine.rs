@@ -6,9 +6,9 @@ use std::path::Path;
 
 use devices::virtio::fs::CachePolicy;
 use tracing_subscriber::filter::LevelFilter;
-use vmm::{BASE_CMDLINE, BootConfig, FsConfig, MachineConfig, MemoryConfig, RngConfig, VsockConfig};
+use vmm::{BASE_CMDLINE, BootConfig, FsConfig, MachineConfig, MemConfig, MemoryConfig, RngConfig, VsockConfig};
 
-use crate::config::{Config, FsCache};
+use crate::config::{Config, FsCache, Hypervisor};
 use crate::ids::Id;
 use crate::resources::share::TAG;
 
@@ -23,6 +23,15 @@ const FS_WORKERS: u16 = 2;
 /// The kernel makes no dummy interface by itself: nobody asked for it, and its random address would be the same in all
 /// clones of a template. Programs can still make some.
 const NO_DUMMIES: &str = "dummy.numdummies=0";
+
+/// Memory is plugged in blocks of this size, the smallest that there can be.
+pub const BLOCK: u64 = 2 << 20;
+/// Linux has plugged memory in pieces of this size, and leaves a part of one at the end of the region alone; in larger ones
+/// where it boots with a lot of memory (`probe_memory_block_size` of its `arch/x86/mm/init_64.c`).
+const PIECE: u64 = 128 << 20;
+const LARGE_PIECE: u64 = 2 << 30;
+/// That much.
+const A_LOT: u64 = 64 << 30;
 
 /// What a sandbox's machine is made of.
 pub fn machine_config(sandbox: &Id, config: &Config, shared: &Path, socket: &Path) -> MachineConfig {
@@ -55,8 +64,17 @@ pub fn machine_config(sandbox: &Id, config: &Config, shared: &Path, socket: &Pat
     let uds_path = config.agent.debug_console.then(|| socket.to_owned());
     machine.vsock = Some(VsockConfig { guest_cid: GUEST_CID, uds_path });
     machine.rng = Some(RngConfig::default());
+    machine.pluggable = pluggable(hypervisor);
     machine.confinement = config.runtime.confinement;
     machine
+}
+
+/// Room for memory that is plugged when containers need it, of which the guest has none at first. Whole pieces: what is
+/// wanted of it stays below what is configured.
+fn pluggable(hypervisor: &Hypervisor) -> Option<MemConfig> {
+    let piece = if hypervisor.memory_mib << 20 < A_LOT { PIECE } else { LARGE_PIECE };
+    let size = (hypervisor.more_memory_mib << 20).next_multiple_of(piece);
+    (size > 0).then_some(MemConfig { size, block_size: BLOCK, requested: 0, node: 0 })
 }
 
 /// The kernel's command line: the machine's own words, the agent's, then what the operator added.
@@ -88,7 +106,11 @@ pub fn devices(machine: &MachineConfig) -> Vec<String> {
     let net = machine.net.iter().map(|_| "net".to_owned());
     let vsock = machine.vsock.iter().map(|vsock| format!("vsock {}", vsock.guest_cid));
     let rng = machine.rng.iter().map(|_| "rng".to_owned());
-    fs.chain(blk).chain(net).chain(vsock).chain(rng).collect()
+    let mem = machine.pluggable.iter().map(|mem| {
+        let MemConfig { size, block_size, .. } = mem;
+        format!("mem of {} MiB in blocks of {} MiB", size >> 20, block_size >> 20)
+    });
+    fs.chain(blk).chain(net).chain(vsock).chain(rng).chain(mem).collect()
 }
 
 #[cfg(test)]
@@ -129,5 +151,22 @@ mod tests {
         let machine =
             machine_config(&Id::try_from("x").unwrap(), &Config::default(), Path::new("/s"), Path::new("/socket"));
         assert_eq!(devices(&machine), ["fs kataShared with 1 queue of 128", "vsock 3", "rng"]);
+    }
+
+    #[test]
+    fn there_is_room_for_memory_where_it_is_configured() {
+        let mut config = Config::default();
+        let told = |config: &Config| {
+            let machine = machine_config(&Id::try_from("x").unwrap(), config, Path::new("/s"), Path::new("/socket"));
+            if let Some(mem) = machine.pluggable {
+                mem.check().unwrap();
+            }
+            devices(&machine).get(3).cloned()
+        };
+        assert_eq!(told(&config), None);
+        for (memory, more, size) in [(256, 1, 128), (256, 128, 128), (256, 129, 256), (64 << 10, 129, 2048)] {
+            (config.hypervisor.memory_mib, config.hypervisor.more_memory_mib) = (memory, more);
+            assert_eq!(told(&config), Some(format!("mem of {size} MiB in blocks of 2 MiB")));
+        }
     }
 }

@@ -7,6 +7,7 @@
 //! | `rehearse` | which pages of a template a start asks for |
 //! | `quiet` | a guest that has booted becomes a template |
 //! | `create` | a container |
+//! | `memory` | what its containers need beyond what the machine starts with |
 //! | `process` | start, wait, signal, add |
 //! | `observe` | what it tells about itself |
 //! | `stop` | end the machine, give everything back |
@@ -21,6 +22,7 @@ pub mod guest;
 mod guest_log;
 mod identity;
 pub mod machine;
+mod memory;
 mod observe;
 pub mod persist;
 mod process;
@@ -47,6 +49,7 @@ use crate::lock::lock;
 use crate::main_thread::MainThread;
 use agent::{Agent, AgentError};
 use guest::Guest;
+use memory::{Demand, MemoryError};
 use persist::SandboxDir;
 use start::Placed;
 use state::State;
@@ -80,6 +83,7 @@ pub struct Sandbox {
     guest: Mutex<Option<Arc<Guest>>>,
     resources: Mutex<Option<Resources>>,
     containers: Mutex<HashMap<Id, Arc<Container>>>,
+    demand: Demand,
     times: Mutex<StartTimes>,
 }
 
@@ -107,6 +111,9 @@ pub enum SandboxError {
         /// What it said.
         source: AgentError,
     },
+    /// Memory for a container's limit.
+    #[error("The container cannot have more memory")]
+    Memory(#[from] MemoryError),
     /// The streams of an added process.
     #[error("Cannot set up the standard streams of the process")]
     Stdio(#[from] crate::container::stdio::StdioError),

@@ -16,6 +16,7 @@ use tokio::time::MissedTickBehavior;
 
 use super::agent::{Agent, AgentError};
 use super::guest::{BootError, Guest, Home};
+use super::memory::Demand;
 use super::persist::{PersistError, Record, SandboxDir};
 use super::saved::{Saved, is_hopeless};
 use super::{Host, Resources, Sandbox, StartTimes, State, identity};
@@ -201,6 +202,7 @@ impl Sandbox {
         let sandbox = Arc::new(Self {
             id: request.id,
             namespace: request.namespace,
+            demand: Demand::new(&config.hypervisor),
             config,
             host,
             events,

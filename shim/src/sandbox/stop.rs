@@ -76,6 +76,7 @@ impl Sandbox {
         }
         container.init.release_stdio();
         let removed = lock(&self.containers).remove(id);
+        self.set_memory_limit(id, None);
         let guest = self.guest().ok();
         let forget = move |mounted: &Path| {
             // A guest's memory of a name keeps the mount busy and removed files on the disk.

@@ -317,9 +317,7 @@ impl Task for TaskService {
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> Answer<Empty> {
         let (sandbox, container) = self.container(&request.id)?;
         let resources = oci::parse_resources(&request.resources.get_or_default().value).map_err(ServiceError::from)?;
-        let agent = sandbox.agent().map_err(ServiceError::from)?;
-        let updated = agent.update(&container.id, oci::resources(&resources)).await;
-        updated.map_err(agent_error("Cannot update the container's limits"))?;
+        sandbox.update_container(&container, &resources).await.map_err(ServiceError::from)?;
         Ok(Empty::default())
     }
 

@@ -4,6 +4,7 @@ mod clock;
 mod identity;
 mod lazy;
 mod life;
+mod memory;
 mod pool;
 mod refusals;
 mod remote;
