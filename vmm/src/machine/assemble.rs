@@ -64,15 +64,13 @@ impl Assembly {
         config.confinement.announce();
         let confinement = config.confinement;
         let trace = Arc::new(TracePoints::default());
-        let vm = create_vm(&kvm, &memory, &trace)?;
+        let mut above = Above::new(&memory);
+        let (vm, pluggable) = create_vm(&kvm, &memory, config.pluggable, &mut above, &trace)?;
         let control = Arc::new(Control::new(config.vcpus).map_err(BuildError::EventFd)?);
 
         let mut port = Bus::default();
         let serial = attach_legacy(&vm, config.serial, &mut port, &control, &trace, serial)?;
         let mut mmio = Bus::default();
-        let mut above = Above::new(&memory);
-        let pluggable =
-            config.pluggable.map(|config| reserve_pluggable(&vm, &memory, &mut above, config)).transpose()?;
         let device_memory = pluggable.as_ref().map_or(&memory, |(_, region)| &region.memory).clone();
         let writes = WriteLog::new(&memory);
         let mut slots = VirtioSlots::new(&vm, &device_memory, writes.clone(), &mut mmio, cmdline, config.confinement);
@@ -246,14 +244,21 @@ pub(super) fn open_kvm() -> Result<Kvm, BuildError> {
 ///
 /// There is no PIT: its emulation costs a kernel thread, and a kernel that knows kvmclock, or
 /// reads CPUID leaf 0x15, and the local APIC's deadline timer asks nothing of it.
-fn create_vm(kvm: &Kvm, memory: &GuestMemory, trace: &TracePoints) -> Result<VmFd, BuildError> {
+fn create_vm(
+    kvm: &Kvm,
+    memory: &GuestMemory,
+    pluggable: Option<MemConfig>,
+    above: &mut Above,
+    trace: &TracePoints,
+) -> Result<(VmFd, Option<(MemConfig, PluggableRegion)>), BuildError> {
     let failed = |call| move |error| kvm_error(call, error);
     let vm = retry(|| kvm.create_vm()).map_err(failed("KVM_CREATE_VM"))?;
     trace.record_vm_created();
     vm.set_tss_address(layout::KVM_TSS).map_err(failed("KVM_SET_TSS_ADDR"))?;
     memory::attach(&vm, memory)?;
+    let pluggable = pluggable.map(|config| reserve_pluggable(&vm, memory, above, config)).transpose()?;
     vm.create_irq_chip().map_err(failed("KVM_CREATE_IRQCHIP"))?;
-    Ok(vm)
+    Ok((vm, pluggable))
 }
 
 /// `KVM_CREATE_VM` gives up when a signal arrives, any signal of a busy process.
