@@ -14,21 +14,30 @@ AGENT   := target-guest/$(TARGET)/guest/inlay-agent
 INLAY   := target/release/inlay
 HOST    := target/debug/nested-host
 
-.PHONY: help demo test bench fuzz guest install setup build lint unit e2e deny FORCE
+.PHONY: help demo test bench fuzz guest install setup build lint unit e2e deny place FORCE
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: build guest ## Set everything up and run containers in microVMs through real containerd
+demo: place build guest ## Set everything up and run containers in microVMs through real containerd
 	$(HOST) setup
 	$(HOST) demo
 
-test: setup lint unit e2e ## Set everything up and run every test
+test: place setup lint unit e2e ## Set everything up and run every test
 
-bench: build guest ## Measure, print tables, and write docs/performance.md (ONLY="words of a section's title")
+bench: place build guest ## Measure, print tables, and write docs/performance.md (ONLY="words of a section's title")
 	$(HOST) setup
 	cargo build --release -p benches --bins
 	target/release/report $(if $(ONLY),"$(ONLY)")
+
+# Found out before anything is built.
+place:
+	@for dir in "$(CURDIR)" "$(CACHE)"; do \
+	    case $$dir/ in /tmp/* | /run/* | /dev/shm/*) \
+	        echo "$$dir: the host that containers run in has /tmp, /run and /dev/shm of its own. Clone to another place, or set INLAY_CACHE" >&2; \
+	        exit 1 ;; \
+	    esac; \
+	done
 
 guest: setup ## Build the guest's kernel and initrds (cached by content)
 	guest/kernel/build --out $(GUEST)
@@ -68,7 +77,7 @@ lint: setup ## Formatting and clippy, where this toolchain has them
 unit: setup $(AGENT) ## Unit tests, and tests on this machine's own /dev/kvm where it has one
 	cargo test --workspace
 
-e2e: build guest ## Containers through real containerd, in the nested host where there is no virtualization
+e2e: place build guest ## Containers through real containerd, in the nested host where there is no virtualization
 	$(HOST) setup
 	$(HOST) test
 
