@@ -116,8 +116,9 @@ impl Sandbox {
         let process = Process::new(request.streams, None);
         process.keep_stdio(Arc::new(stdio));
         let container = Arc::new(Container::new(request.id.clone(), request.bundle, process, share));
-        lock(&self.containers).insert(request.id, Arc::clone(&container));
+        // Before anybody can remove it, which gives the memory back.
         claim.settle(limit);
+        lock(&self.containers).insert(request.id, Arc::clone(&container));
         if self.is_made_by(&container.id) {
             self.report_start(&container, first_output);
         }

@@ -105,11 +105,12 @@ impl Demand {
         if memory.plugged() >= *wanted.borrow_and_update() {
             return Ok(());
         }
-        let _turn = self.turn.lock().await;
-        let event = memory.changed().try_clone()?.into_raw_fd();
-        // SAFETY: nobody else has the descriptor.
-        let event = readiness::watch(unsafe { OwnedFd::from_raw_fd(event) }, Interest::READABLE)?;
         let met = async {
+            // Whoever waits for a turn waits for the same guest: that counts for its patience too.
+            let _turn = self.turn.lock().await;
+            let event = memory.changed().try_clone()?.into_raw_fd();
+            // SAFETY: nobody else has the descriptor.
+            let event = readiness::watch(unsafe { OwnedFd::from_raw_fd(event) }, Interest::READABLE)?;
             while memory.plugged() < *wanted.borrow_and_update() {
                 tokio::select! {
                     ready = event.readable() => {
@@ -288,6 +289,16 @@ mod tests {
         assert_eq!(late.to_string(), "The guest has plugged 0 of 64 MiB of memory for its containers within 30 s");
         let ended = demand.is_met(&memory, async { Ok(()) }, PLUG_PATIENCE).await.unwrap_err();
         assert!(matches!(ended, MemoryError::Ended));
+    }
+
+    /// One that waits behind another is late as soon.
+    #[tokio::test]
+    async fn nobody_waits_longer_for_a_turn() {
+        let (demand, memory) = demand(1024);
+        demand.set(Some(&memory), &id("a"), Some(64 << 20));
+        let _first = demand.turn.lock().await;
+        let late = demand.is_met(&memory, never(), Duration::from_millis(1)).await.unwrap_err();
+        assert!(matches!(late, MemoryError::Late { plugged: 0, .. }));
     }
 
     /// Whoever waits is not held up by what nobody wants any more.
