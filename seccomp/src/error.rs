@@ -23,6 +23,9 @@ pub enum ConfineError {
     /// Landlock failed on a kernel that has it.
     #[error("Cannot close the file system to the thread")]
     Landlock(#[from] landlock::RulesetError),
+    /// The root directory, for a rule on all that is below it.
+    #[error("Cannot open the root directory")]
+    Root(#[from] landlock::PathFdError),
     /// The handler of trapped calls was not installed.
     #[error("Cannot handle SIGSYS")]
     Handler(#[source] io::Error),

@@ -19,7 +19,7 @@ pub use error::ConfineError;
 pub use process::{
     confine_helper, confine_machine, confine_process, drop_capabilities, drop_privileges, is_confined, take_role,
 };
-pub use thread::{Entering, spawn, start};
+pub use thread::{Entering, Post, spawn, start};
 pub use trap::{EXIT_CODE, report_to, set_role};
 
 /// What a thread is for. Each has a file in `filters/`.

@@ -1,13 +1,17 @@
 //! What a thread gives up before its filter: gaining privileges, capabilities, the file system.
 
 use std::io;
+use std::os::fd::OwnedFd;
 
 use caps::{CapSet, Capability, CapsHashSet};
-use landlock::{ABI, Access, AccessFs, CompatLevel, Compatible, Ruleset, RulesetAttr};
+use landlock::{
+    ABI, Access, AccessFs, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset, RulesetAttr, RulesetCreated,
+    RulesetCreatedAttr, RulesetError,
+};
 
-use crate::{ConfineError, Role};
+use crate::{ConfineError, Post, Role};
 
-/// Landlock as in Linux 5.19, which Debian 12 has; an older kernel is asked for what it knows.
+/// Landlock as in Linux 5.19, the first that lets a thread move files to another directory. Debian 12 has it.
 const LANDLOCK: ABI = ABI::V2;
 
 /// What reading and writing files in the name of a guest's users takes (capabilities(7)).
@@ -58,12 +62,15 @@ pub fn keep_mount_capabilities() -> Result<(), ConfineError> {
     keep(&[FILES.as_slice(), MOUNTS.as_slice()].concat())
 }
 
-/// Takes from the calling thread what `role` does not need.
-pub fn give_up(role: Role) -> Result<(), ConfineError> {
+/// Takes from the calling thread what its role does not need.
+pub fn give_up(post: Post) -> Result<(), ConfineError> {
     no_new_privileges()?;
-    match role {
+    match post.role() {
         Role::Api => keep(&[]),
-        Role::Fs => keep(&FILES),
+        Role::Fs => {
+            close_all_but(post.grounds)?;
+            keep(&FILES)
+        }
         Role::Io | Role::Vcpu | Role::Uffd => {
             close_file_system()?;
             keep(&[])
@@ -80,21 +87,37 @@ fn keep(wanted: &[Capability]) -> Result<(), ConfineError> {
     Ok(())
 }
 
-/// Takes from the calling thread, and those that it starts, what no machine does with files: to run them, and to make
-/// devices. Links and pipes are made for guests in the directories that are theirs. Where the kernel has no Landlock
-/// nothing happens.
+/// What nobody does with files for a guest: to run them, and to make devices.
+fn never() -> BitFlags<AccessFs> {
+    AccessFs::Execute | AccessFs::MakeChar | AccessFs::MakeBlock
+}
+
+/// Takes from the calling thread, and those that it starts, what [`never`] has. Links and pipes are made for guests in the
+/// directories that are theirs. Where the kernel has no Landlock, or has that of before Linux 5.19, nothing happens.
 pub fn refuse_programs() -> Result<(), ConfineError> {
-    let access = AccessFs::Execute | AccessFs::MakeChar | AccessFs::MakeBlock;
-    let ruleset = Ruleset::default().set_compatibility(CompatLevel::BestEffort).handle_access(access)?.create()?;
-    ruleset.restrict_self()?;
+    // A thread that is restricted in anything moves no file to another directory, unless a rule says that it may.
+    let ruleset = ruleset(never() | AccessFs::Refer, CompatLevel::SoftRequirement)?;
+    ruleset.add_rule(PathBeneath::new(PathFd::new("/")?, AccessFs::Refer))?.restrict_self()?;
     Ok(())
 }
 
 /// Leaves the calling thread the descriptors that it has, and no path. Only a socket file can be removed: that of the
 /// vsock device, by whoever drops the device. Where the kernel has no Landlock nothing happens.
 fn close_file_system() -> Result<(), ConfineError> {
-    let access = AccessFs::from_all(LANDLOCK) & !AccessFs::RemoveFile;
-    let ruleset = Ruleset::default().set_compatibility(CompatLevel::BestEffort).handle_access(access)?.create()?;
-    ruleset.restrict_self()?;
+    ruleset(AccessFs::from_all(LANDLOCK) & !AccessFs::RemoveFile, CompatLevel::BestEffort)?.restrict_self()?;
     Ok(())
+}
+
+/// Leaves the calling thread the descriptors that it has, and what is below `grounds`, also by mounts. Where the kernel has
+/// no Landlock, or has that of before Linux 5.19, nothing happens.
+fn close_all_but(grounds: Vec<OwnedFd>) -> Result<(), ConfineError> {
+    let all = AccessFs::from_all(LANDLOCK);
+    let rules = grounds.into_iter().map(|directory| Ok::<_, RulesetError>(PathBeneath::new(directory, all & !never())));
+    ruleset(all, CompatLevel::SoftRequirement)?.add_rules(rules)?.restrict_self()?;
+    Ok(())
+}
+
+/// What refuses `access` wherever no rule is added that allows it.
+fn ruleset(access: BitFlags<AccessFs>, level: CompatLevel) -> Result<RulesetCreated, RulesetError> {
+    Ruleset::default().set_compatibility(level).handle_access(access)?.create()
 }

@@ -63,5 +63,5 @@ pub fn take_role(confinement: Confinement, role: Role) -> Result<(), ConfineErro
     if confinement == Confinement::Off || trap::has_role(role) {
         return Ok(());
     }
-    crate::thread::enter(role)
+    crate::thread::enter(role.into())
 }

@@ -1,6 +1,7 @@
 //! Threads of a role.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Once;
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread::{Builder, JoinHandle};
@@ -14,6 +15,33 @@ const ARENAS: libc::c_int = 8;
 /// from a file, in whatever thread it is (`check_may_shrink_heap`): never. Blocks from 128 KiB on are mapped, and unmapped,
 /// by themselves.
 const TRIM_THRESHOLD: libc::c_int = libc::c_int::MAX;
+
+/// What a thread is for, and where.
+#[derive(Debug)]
+pub struct Post {
+    role: Role,
+    /// Directories below which it may open, make and remove files, where its role may at all.
+    pub(crate) grounds: Vec<OwnedFd>,
+}
+
+impl Post {
+    /// A file system server's, for the directories `grounds` and what is below them.
+    pub fn serving(grounds: Vec<OwnedFd>) -> Self {
+        Self { role: Role::Fs, grounds }
+    }
+
+    /// What the thread is for.
+    pub fn role(&self) -> Role {
+        self.role
+    }
+}
+
+impl From<Role> for Post {
+    /// Without any directory.
+    fn from(role: Role) -> Self {
+        Self { role, grounds: Vec::new() }
+    }
+}
 
 /// A thread on its way into its role.
 #[must_use = "whether it has got there is to be asked"]
@@ -44,17 +72,17 @@ impl Entering {
     }
 }
 
-/// Starts a thread that does `body` in its role, and returns when it is confined. When it cannot be, there is no thread.
-pub fn spawn<F>(confinement: Confinement, role: Role, name: String, body: F) -> io::Result<JoinHandle<()>>
+/// Starts a thread that does `body` at its post, and returns when it is confined. When it cannot be, there is no thread.
+pub fn spawn<F>(confinement: Confinement, post: impl Into<Post>, name: String, body: F) -> io::Result<JoinHandle<()>>
 where
     F: FnOnce() + Send + 'static,
 {
-    start(confinement, role, name, body)?.confined()
+    start(confinement, post, name, body)?.confined()
 }
 
 /// As [`spawn`], and returns at once: the thread confines itself while the caller does something else. It does `body` as soon
 /// as it is confined, so a guest must not reach it before the caller has asked.
-pub fn start<F>(confinement: Confinement, role: Role, name: String, body: F) -> io::Result<Entering>
+pub fn start<F>(confinement: Confinement, post: impl Into<Post>, name: String, body: F) -> io::Result<Entering>
 where
     F: FnOnce() + Send + 'static,
 {
@@ -63,9 +91,10 @@ where
         return Ok(Entering { thread: builder.spawn(body)?, report: None });
     }
     settle_allocator();
+    let post = post.into();
     let (report, confined) = sync_channel(1);
     let thread = builder.spawn(move || {
-        let entered = enter(role);
+        let entered = enter(post);
         let go_on = entered.is_ok();
         // Nobody may wait for it any more.
         let _ = report.send(entered);
@@ -89,9 +118,10 @@ fn settle_allocator() {
 }
 
 /// The order matters: the filter comes last, as it forbids the other steps.
-pub(crate) fn enter(role: Role) -> Result<(), ConfineError> {
+pub(crate) fn enter(post: Post) -> Result<(), ConfineError> {
+    let role = post.role();
     trap::install_handler()?;
     trap::set_role(role);
-    privileges::give_up(role)?;
+    privileges::give_up(post)?;
     filter::install(role)
 }

@@ -1,11 +1,14 @@
 //! What no file allows ends the process, and says which call it was and whose. Each case runs in a process of its own:
 //! this test, started again for one case alone.
 
+use std::ffi::CStr;
 use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
 use std::process::{Command, Output};
 
 use seccomp::{
-    Confinement, EXIT_CODE, Role, confine_helper, confine_machine, confine_process, drop_capabilities, drop_privileges,
+    Confinement, EXIT_CODE, Post, Role, confine_helper, confine_machine, confine_process, drop_capabilities, drop_privileges,
     spawn, take_role,
 };
 
@@ -53,6 +56,66 @@ fn call(number: libc::c_long, arguments: [libc::c_long; 3]) {
 fn a_processor_starts_no_program() {
     let body = || in_role(Role::Vcpu, || call(libc::SYS_execve, [0x10, 0x20, 0]));
     is_named(in_child("a_processor_starts_no_program", body), "vcpu may not call execve(0x10, 0x20, 0x0");
+}
+
+/// Version of Landlock that this kernel has; 0 without any.
+fn landlock() -> i64 {
+    // SAFETY: asks for a version, and reads no memory.
+    unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, 0, 0, 1) }.max(0)
+}
+
+/// Gives the file `from` in the directory `of` the name `to` in `at`, as the file system server does, which has no shorter call.
+fn moves(of: &File, from: &CStr, at: &File, to: &CStr) -> io::Result<()> {
+    // SAFETY: two strings that end.
+    match unsafe { libc::renameat(of.as_raw_fd(), from.as_ptr(), at.as_raw_fd(), to.as_ptr()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+#[test]
+fn a_file_system_server_opens_what_is_below_its_directory_alone() {
+    let body = || {
+        let (own, other) = (tempfile::tempdir().expect("own"), tempfile::tempdir().expect("other"));
+        let [from, to] = ["from", "to"].map(|name| {
+            std::fs::create_dir(own.path().join(name)).expect("directory");
+            File::open(own.path().join(name)).expect("opened")
+        });
+        let (inside, outside) = (own.path().join("from/file"), other.path().join("file"));
+        std::fs::write(&outside, "not for guests").expect("written");
+        let root = File::open(own.path()).expect("opened");
+        // Linux 5.19 is the first whose Landlock is used for this.
+        let closed = landlock() >= 2;
+        let thread = spawn(Confinement::On, Post::serving(vec![root.into()]), "fs".to_owned(), move || {
+            File::create(&inside).expect("below its directory");
+            moves(&from, c"file", &to, c"moved").expect("to another directory of its own");
+            if closed {
+                for result in [File::open(&outside), File::create(&outside), File::open("/proc/self/status")] {
+                    assert_eq!(result.expect_err("outside").kind(), io::ErrorKind::PermissionDenied);
+                }
+            }
+        });
+        thread.expect("thread").join().expect("joined");
+        assert!(own.path().join("to/moved").exists());
+        assert_eq!(std::fs::read_to_string(other.path().join("file")).expect("read"), "not for guests");
+    };
+    goes_on(in_child("a_file_system_server_opens_what_is_below_its_directory_alone", body));
+}
+
+#[test]
+fn a_machines_process_moves_files_to_other_directories() {
+    let body = || {
+        let dir = tempfile::tempdir().expect("directory");
+        let [from, to] = ["from", "to"].map(|name| {
+            std::fs::create_dir(dir.path().join(name)).expect("directory");
+            File::open(dir.path().join(name)).expect("opened")
+        });
+        std::fs::write(dir.path().join("from/file"), "").expect("written");
+        confine_machine().expect("confined");
+        moves(&from, c"file", &to, c"moved").expect("moved");
+        std::fs::remove_file(dir.path().join("to/moved")).expect("it is there");
+    };
+    goes_on(in_child("a_machines_process_moves_files_to_other_directories", body));
 }
 
 #[test]
@@ -155,6 +218,7 @@ fn a_machines_process_starts_no_program() {
 fn a_machines_process_runs_no_file_and_has_no_capabilities_but_for_files() {
     let body = || {
         let directory = std::env::temp_dir().join(format!("inlay-node-{}", std::process::id()));
+        let closed = landlock() >= 2;
         confine_machine().expect("confined");
         // The ceiling allows both calls for the file system server, and Landlock, where the kernel has it, the first alone.
         let path = std::ffi::CString::new(directory.as_os_str().as_encoded_bytes()).expect("a path");
@@ -165,10 +229,8 @@ fn a_machines_process_runs_no_file_and_has_no_capabilities_but_for_files() {
         let device =
             unsafe { libc::mknodat(libc::AT_FDCWD, path.as_ptr(), libc::S_IFCHR | 0o600, libc::makedev(1, 3)) } == 0;
         let _ = std::fs::remove_file(&directory);
-        // SAFETY: asks for a version, and reads no memory.
-        let landlock = unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, 0, 0, 1) } > 0;
         assert!(linked);
-        assert!(!(landlock && device));
+        assert!(!(closed && device));
         let status = std::fs::read_to_string("/proc/thread-self/status").expect("status");
         let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).expect(name).trim().to_owned();
         assert_eq!((field("NoNewPrivs:").as_str(), field("Seccomp:").as_str()), ("1", "2"));

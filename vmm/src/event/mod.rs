@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 use event_manager::{EventManager, RemoteEndpoint, SubscriberId};
 
 use devices::{EventLoop, Subscriber};
-use seccomp::{Confinement, Entering, Role};
+use seccomp::{Confinement, Entering, Post, Role};
 
 /// Why there is no event loop.
 #[derive(Debug, thiserror::Error)]
@@ -42,11 +42,13 @@ enum Thread {
 impl LoopThread {
     /// Starts a loop that has nothing to do yet, and does not wait for it: see [`confirm`](Self::confirm). Its thread has the
     /// role's name.
-    pub fn start(role: Role, confinement: Confinement) -> Result<Self, EventError> {
+    pub fn start(post: impl Into<Post>, confinement: Confinement) -> Result<Self, EventError> {
+        let post = post.into();
+        let role = post.role();
         let manager = EventManager::new().map_err(EventError::Manager)?;
         let endpoint = manager.remote_endpoint();
         let (stopping, id) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicI32::new(0)));
-        let thread = seccomp::start(confinement, role, role.name().to_owned(), {
+        let thread = seccomp::start(confinement, post, role.name().to_owned(), {
             let (stopping, id) = (Arc::clone(&stopping), Arc::clone(&id));
             move || {
                 // SAFETY: always succeeds, and touches no memory.

@@ -24,7 +24,7 @@ use devices::virtio::vhost_user::{VhostUser, VhostUserConfig, VhostUserError};
 use devices::virtio::vsock::{Connector, KernelVsock, KernelVsockConfig, Vsock, VsockConfig, VsockError};
 use devices::virtio::{Interrupt, MmioTransport, VirtioDevice, WriteLog};
 use devices::{BusDevice, GuestMemory};
-use seccomp::{Confinement, Role};
+use seccomp::{Confinement, Post, Role};
 
 use crate::arch::x86_64::layout;
 use crate::bus::{Bus, BusError};
@@ -135,7 +135,8 @@ pub(super) struct VirtioSlots<'a> {
 struct Loops {
     confinement: Confinement,
     io: Option<Arc<LoopThread>>,
-    fs: Option<Arc<LoopThread>>,
+    /// One for each shared directory, which is all that its thread can open.
+    fs: Vec<Arc<LoopThread>>,
 }
 
 impl<'a> VirtioSlots<'a> {
@@ -148,7 +149,7 @@ impl<'a> VirtioSlots<'a> {
         cmdline: &'a mut Cmdline,
         confinement: Confinement,
     ) -> Self {
-        let (lines, loops) = (IrqAllocator::default(), Loops { confinement, io: None, fs: None });
+        let (lines, loops) = (IrqAllocator::default(), Loops { confinement, io: None, fs: Vec::new() });
         let transports = Vec::new();
         Self { vm, memory, writes, bus, cmdline, lines, next_window: layout::MMIO_GAP_START, loops, transports }
     }
@@ -156,7 +157,8 @@ impl<'a> VirtioSlots<'a> {
     pub(super) fn fs(&mut self, config: FsConfig) -> Result<ShareControl, AttachError> {
         let fs = Fs::new(config, self.loops.confinement)?;
         let control = fs.control();
-        self.attach(Box::new(fs), Role::Fs)?;
+        let event_loop = self.loops.serving(fs.post()?)?;
+        self.attach_to(event_loop, Box::new(fs))?;
         Ok(control)
     }
 
@@ -181,29 +183,29 @@ impl<'a> VirtioSlots<'a> {
     }
 
     fn blk(&mut self, config: BlkConfig) -> Result<(), AttachError> {
-        self.attach(Box::new(Blk::new(config, self.loops.confinement)?), Role::Io).map(drop)
+        self.attach(Box::new(Blk::new(config, self.loops.confinement)?)).map(drop)
     }
 
     fn net(&mut self, config: NetConfig) -> Result<(), AttachError> {
-        self.attach(Box::new(Net::new(config)?), Role::Io).map(drop)
+        self.attach(Box::new(Net::new(config)?)).map(drop)
     }
 
     pub(super) fn vhost_user(&mut self, config: VhostUserConfig) -> Result<(), AttachError> {
-        self.attach(Box::new(VhostUser::new(config, self.memory, self.loops.confinement)?), Role::Io).map(drop)
+        self.attach(Box::new(VhostUser::new(config, self.memory, self.loops.confinement)?)).map(drop)
     }
 
     pub(super) fn vhost_vsock(&mut self, config: KernelVsockConfig) -> Result<(), AttachError> {
-        self.attach(Box::new(KernelVsock::new(config)?), Role::Io).map(drop)
+        self.attach(Box::new(KernelVsock::new(config)?)).map(drop)
     }
 
     pub(super) fn vsock(&mut self, config: VsockConfig) -> Result<Connector, AttachError> {
         let (vsock, connector) = Vsock::new(config)?;
-        self.attach(Box::new(vsock), Role::Io)?;
+        self.attach(Box::new(vsock))?;
         Ok(connector)
     }
 
     pub(super) fn rng(&mut self, config: RngConfig) -> Result<(), AttachError> {
-        self.attach(Box::new(Rng::new(config.limits).map_err(AttachError::Rng)?), Role::Io).map(drop)
+        self.attach(Box::new(Rng::new(config.limits).map_err(AttachError::Rng)?)).map(drop)
     }
 
     /// A place for a drive or an interface, with a device in it or not, that `slots` can change from now on.
@@ -213,7 +215,7 @@ impl<'a> VirtioSlots<'a> {
             Some(device) => device.into_device(self.loops.confinement)?,
             None => hotplug::vacant(kind, kind.queue_sizes()),
         };
-        let transport = self.attach(device, Role::Io)?;
+        let transport = self.attach(device)?;
         slots.add(kind, transport, occupant);
         Ok(())
     }
@@ -221,7 +223,7 @@ impl<'a> VirtioSlots<'a> {
     /// A balloon for a guest with `memory` bytes.
     pub(super) fn balloon(&mut self, config: &BalloonConfig, memory: u64) -> Result<BalloonHandle, AttachError> {
         let (balloon, handle) = Balloon::new(config, memory).map_err(AttachError::Balloon)?;
-        self.attach(Box::new(balloon), Role::Io)?;
+        self.attach(Box::new(balloon))?;
         Ok(handle)
     }
 
@@ -233,7 +235,7 @@ impl<'a> VirtioSlots<'a> {
         blocks: PluggableBlocks,
     ) -> Result<MemHandle, AttachError> {
         let (mem, handle) = Mem::new(config, address, Box::new(blocks))?;
-        self.attach(Box::new(mem), Role::Io)?;
+        self.attach(Box::new(mem))?;
         Ok(handle)
     }
 
@@ -241,22 +243,30 @@ impl<'a> VirtioSlots<'a> {
     pub(super) fn pmem(&mut self, config: PmemConfig, above: &mut Above) -> Result<(), AttachError> {
         let (address, size) = above.persistent(self.vm, &config)?;
         let file = (!config.read_only).then_some(config.file);
-        self.attach(Box::new(Pmem::new(address, size, file)), Role::Io).map(drop)
+        self.attach(Box::new(Pmem::new(address, size, file))).map(drop)
     }
 
     pub(super) fn console(&mut self, config: ConsoleConfig) -> Result<(), AttachError> {
-        self.attach(Box::new(Console::new(config)?), Role::Io).map(drop)
+        self.attach(Box::new(Console::new(config)?)).map(drop)
     }
 
     /// The event loops that were started for the devices, and the devices in the order in which they came.
     pub(super) fn into_parts(self) -> (Vec<Arc<LoopThread>>, Vec<Arc<MmioTransport>>) {
-        ([self.loops.io, self.loops.fs].into_iter().flatten().collect(), self.transports)
+        (self.loops.io.into_iter().chain(self.loops.fs).collect(), self.transports)
     }
 
-    fn attach(&mut self, device: Box<dyn VirtioDevice>, role: Role) -> Result<Arc<MmioTransport>, AttachError> {
+    fn attach(&mut self, device: Box<dyn VirtioDevice>) -> Result<Arc<MmioTransport>, AttachError> {
+        let event_loop = self.loops.io()?;
+        self.attach_to(event_loop, device)
+    }
+
+    fn attach_to(
+        &mut self,
+        event_loop: Arc<LoopThread>,
+        device: Box<dyn VirtioDevice>,
+    ) -> Result<Arc<MmioTransport>, AttachError> {
         let line = self.lines.allocate()?;
         let interrupt = Interrupt::new(irq::wire(self.vm, line)?);
-        let event_loop = self.loops.get(role)?;
         let transport = MmioTransport::new(device, self.memory.clone(), event_loop, interrupt);
         let transport = Arc::new(transport.map_err(AttachError::Transport)?.noting(self.writes.clone()));
 
@@ -278,19 +288,21 @@ impl<'a> VirtioSlots<'a> {
 }
 
 impl Loops {
-    /// The loop for `role`, started when it is first asked for.
-    fn get(&mut self, role: Role) -> Result<Arc<LoopThread>, EventError> {
-        let slot = match role {
-            Role::Fs => &mut self.fs,
-            _ => &mut self.io,
-        };
-        match slot {
+    /// The loop of all devices but shared directories, started when it is first asked for.
+    fn io(&mut self) -> Result<Arc<LoopThread>, EventError> {
+        match &self.io {
             Some(event_loop) => Ok(Arc::clone(event_loop)),
             None => {
-                let event_loop = Arc::new(LoopThread::start(role, self.confinement)?);
-                *slot = Some(Arc::clone(&event_loop));
-                Ok(event_loop)
+                let event_loop = Arc::new(LoopThread::start(Role::Io, self.confinement)?);
+                Ok(Arc::clone(self.io.insert(event_loop)))
             }
         }
+    }
+
+    /// A loop of its own.
+    fn serving(&mut self, post: Post) -> Result<Arc<LoopThread>, EventError> {
+        let event_loop = Arc::new(LoopThread::start(post, self.confinement)?);
+        self.fs.push(Arc::clone(&event_loop));
+        Ok(event_loop)
     }
 }

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use fuse_backend_rs::api::server::Server;
-use seccomp::Confinement;
+use seccomp::{Confinement, Post};
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 
 use self::engine::{Engine, Serve};
@@ -90,7 +90,7 @@ pub enum FsError {
     #[error("{0} worker threads: there may be up to 16")]
     Workers(u16),
     /// A thread cannot be started.
-    #[error("Cannot start the worker threads of a shared directory")]
+    #[error("Cannot start the threads of a shared directory")]
     Spawn(#[source] io::Error),
     /// The directory cannot be opened.
     #[error("Cannot share the directory {path}")]
@@ -146,6 +146,11 @@ impl Fs {
             pool,
             share,
         })
+    }
+
+    /// What its event loop's thread is for: it needs the shared directory, and no other.
+    pub fn post(&self) -> Result<Post, FsError> {
+        Ok(Post::serving(vec![self.share.root().map_err(FsError::Spawn)?]))
     }
 
     /// A handle on the shared directory that outlives giving the device to its transport.

@@ -7,6 +7,8 @@
 //! - *syncs* (FSYNC, FSYNCDIR, FALLOCATE), which last as long as the disk likes. They never have the last free thread.
 //! - *transfers* (READ and WRITE of much data), which are worth a second processor.
 //!
+//! Both work on files that are open: no path is open to the pool's threads.
+//!
 //! A driver that wants one request done before another waits for the first one's answer, as FUSE has it.
 
 use std::collections::VecDeque;

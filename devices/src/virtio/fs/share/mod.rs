@@ -27,7 +27,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use fuse_backend_rs::api::filesystem::{Context, Entry, FsOptions, OpenOptions};
+use fuse_backend_rs::api::filesystem::{Context, Entry, FsOptions, OpenOptions, ROOT_ID};
 use tracing::warn;
 
 use self::sys::{Reopener, Stat};
@@ -89,6 +89,11 @@ impl Share {
             switches: Switches { writeback: switches.writeback && switches.cache != CachePolicy::Never, ..switches },
             writes_back: AtomicBool::new(false),
         })
+    }
+
+    /// The directory, for looking at it.
+    pub fn root(&self) -> io::Result<OwnedFd> {
+        self.known(ROOT_ID)?.fd().try_clone_to_owned()
     }
 
     /// Forgets all that the guest looked up and opened.
