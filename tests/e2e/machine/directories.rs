@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use inlay_tests::harness::standalone::{Rig, Vm, host, md5, noise};
 
-crate::on_a_rig!(hold_files_of_both_sides);
+crate::on_a_rig!(hold_files_of_both_sides, go_on_when_their_process_is_killed);
 
 /// Bytes of a file that goes through a directory, and of a drive.
 const AMOUNT: u64 = 4 << 20;
@@ -39,6 +39,14 @@ impl Backend {
         let args = [&[path.as_str(), "-o", &source][..], &options].concat();
         Self::start("/usr/lib/qemu/virtiofsd", &args, socket)
     }
+
+    /// QEMU's storage daemon with one drive.
+    fn storage(socket: &Path, file: &Path) -> Self {
+        let file = format!("driver=file,node-name=disk,filename={}", file.display());
+        let socket_address = format!("addr.type=unix,addr.path={}", socket.display());
+        let export = format!("type=vhost-user-blk,id=e,node-name=disk,{socket_address},writable=on");
+        Self::start("/usr/bin/qemu-storage-daemon", &["--blockdev", &file, "--export", &export], socket)
+    }
 }
 
 impl Drop for Backend {
@@ -62,10 +70,13 @@ fn exchange(vm: &Vm, tag: &str, dir: &Path) {
     assert_eq!(md5(&dir.join("from-guest")), expected, "{tag}");
 
     vm.sh(&format!(
-        "cd /mnt/{tag} && mkdir -p a/b && ln -s b a/link && echo x >a/b/c && chmod 640 a/b/c && mv a/b/c a/b/d"
+        "cd /mnt/{tag} && mkdir -p a/b && ln -s b a/link && echo x >a/b/c && chmod 640 a/b/c && mv a/b/c a/b/d && \
+         mkdir a/e && ln a/b/d a/e/hard && mv -T a/e a/b/e"
     ));
     assert_eq!(fs::read_link(dir.join("a/link")).unwrap(), Path::new("b"));
     assert_eq!(host(&["stat", "-c", "%a", &dir.join("a/b/d").to_string_lossy()]).trim(), "640");
+    // `mv` would copy a file, and it copies a directory of files; a link to one of another directory cannot be helped.
+    assert_eq!(host(&["stat", "-c", "%h", &dir.join("a/b/e/hard").to_string_lossy()]).trim(), "2");
     vm.sh(&format!("rm -r /mnt/{tag}/a"));
     assert!(!dir.join("a").exists());
     // A map of a file is shared with who reads it.
@@ -90,5 +101,61 @@ fn hold_files_of_both_sides(rig: &Rig) {
         .boot();
     exchange(&vm, "own", &own);
     exchange(&vm, "remote", &remote);
+    assert!(vm.quit().success());
+}
+
+/// A drive of another process, which is killed twice while the guest writes, and comes again. One request at a time: this backend
+/// does not tell its successor which of several it had done, and then there is no going on.
+fn go_on_when_their_process_is_killed(rig: &Rig) {
+    let file = rig.file("disk", AMOUNT);
+    let socket = rig.path("storage");
+    let mut backend = Backend::storage(&socket, &file);
+    let vm = rig
+        .vm()
+        .cpus(2)
+        .shared()
+        .option("-chardev", format!("socket,id=c,path={}", socket.display()))
+        .option("-device", "vhost-user-blk-device,id=d,chardev=c")
+        .boot();
+    // Behind the slots, which are empty.
+    let disk = vm.sh(&format!("grep -lx {} /sys/block/vd*/size | cut -d / -f 4", AMOUNT / 512));
+    let disk = disk.trim();
+    vm.sh("head -c 262144 /dev/urandom >/tmp/data && echo 0 >/tmp/passes");
+    let load = vm.spawn(&format!(
+        "n=0; until test -e /tmp/stop; do \
+         dd if=/tmp/data of=/dev/{disk} bs=4k seek=$((n % 16 * 64)) oflag=direct 2>/dev/null || exit 1; \
+         n=$((n + 1)); echo $n >/tmp/passes.new; mv /tmp/passes.new /tmp/passes; done"
+    ));
+    let passes = || vm.sh("cat /tmp/passes").trim().parse::<u32>().unwrap();
+    // Whole ones: what was there when the backend ended may be half written.
+    let goes_on = || {
+        let (before, started) = (passes(), Instant::now());
+        while passes() < before + 2 {
+            assert!(started.elapsed() < Duration::from_secs(60), "nothing is written any more");
+        }
+    };
+    goes_on();
+    for _ in 0..2 {
+        drop(backend);
+        // It leaves its socket behind.
+        let _ = fs::remove_file(&socket);
+        std::thread::sleep(Duration::from_millis(300));
+        vm.assert_running(&load);
+        backend = Backend::storage(&socket, &file);
+        goes_on();
+    }
+    vm.sh("touch /tmp/stop");
+    vm.join(load);
+    // All of the disk, where it was written to before the first end and after the last.
+    let written = passes().min(16);
+    assert!(written >= 6, "{written}");
+    let (data, disk_has) = (vm.sh("md5sum </tmp/data"), fs::read(&file).unwrap());
+    for piece in disk_has.chunks(256 << 10).take(written as usize) {
+        let copy = rig.path("piece");
+        fs::write(&copy, piece).unwrap();
+        assert!(data.starts_with(&md5(&copy)), "{data}");
+    }
+    let guest = vm.sh(&format!("echo 3 >/proc/sys/vm/drop_caches; md5sum </dev/{disk}"));
+    assert!(guest.starts_with(&md5(&file)), "{guest}");
     assert!(vm.quit().success());
 }
