@@ -1,8 +1,16 @@
 //! Memory beyond the template's, for containers whose limits say that they may use it.
 
-use inlay_tests::harness::{Scene, configure};
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use containerd_shim_protos::api::UpdateTaskRequest;
+use containerd_shim_protos::protobuf::well_known_types::any::Any;
+use containerd_shim_protos::ttrpc::context::with_duration;
+use containerd_shim_protos::{Client, TaskClient};
+use inlay_tests::harness::{HOME, Scene, configure};
 use inlay_tests::images;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{make, remove, set_factory, take_starts, with_factory};
 use crate::privileges::run_member;
@@ -10,6 +18,7 @@ use crate::privileges::run_member;
 crate::for_inlay!(
     is_there_for_a_container_that_uses_it,
     comes_and_goes_with_the_containers_of_a_sandbox,
+    follows_a_limit_that_is_changed,
     is_what_is_configured_at_most,
     comes_to_a_spare_whose_pages_are_lazy,
     is_missing_in_the_end_where_the_guest_takes_none,
@@ -102,6 +111,43 @@ fn comes_and_goes_with_the_containers_of_a_sandbox(scene: &Scene) {
         // It was told to give it back, and nothing of it is in use.
         scene.wait_for("the memory to go", || total_inside(scene, &id) < without + SLACK);
     }
+    scene.remove(&id);
+    remove(scene);
+}
+
+/// Changes a container's resources by containerd's call `Update`, for which `ctr` has no command: by the shim's own socket.
+#[track_caller]
+fn update(id: &str, resources: &Value) {
+    let bundle = Path::new(HOME).join("state/io.containerd.runtime.v2.task/default").join(id);
+    let address = fs::read_to_string(bundle.join("address")).unwrap();
+    let shim = TaskClient::new(Client::connect(&address).unwrap());
+    let resources = Any { value: resources.to_string().into_bytes(), ..Any::default() };
+    let request =
+        UpdateTaskRequest { id: id.to_owned(), resources: Some(resources).into(), ..UpdateTaskRequest::default() };
+    shim.update(with_duration(Duration::from_secs(60)), &request).unwrap();
+}
+
+fn follows_a_limit_that_is_changed(scene: &Scene) {
+    with_factory(scene, MACHINE, "");
+    make(scene);
+    let without = total_without(scene);
+    let id = start_limited(scene, 64 * MIB);
+    grows(scene, &id, without, 64 * MIB);
+    let limit_is = |limit: u64| {
+        let metrics = scene.ctr(&["task", "metrics", &id]).ok().stdout;
+        assert!(metrics.contains(&limit.to_string()), "{limit}: {metrics}");
+    };
+    limit_is(64 * MIB);
+    update(&id, &json!({ "memory": { "limit": 256 * MIB } }));
+    // It is there before the container may use it.
+    assert!(total_inside(scene, &id) + SLACK > without + 256 * MIB);
+    limit_is(256 * MIB);
+    update(&id, &json!({ "cpu": { "shares": 512 } }));
+    limit_is(256 * MIB);
+    update(&id, &json!({ "memory": { "limit": 32 * MIB } }));
+    limit_is(32 * MIB);
+    scene.wait_for("the memory to go", || total_inside(scene, &id) < without + 32 * MIB + SLACK);
+    assert_eq!(scene.exec(&id, &["echo", "well"]).ok().stdout, "well\n");
     scene.remove(&id);
     remove(scene);
 }
