@@ -242,6 +242,8 @@ fn frames_after_a_reset_wait_for_the_next_driver() {
 fn several_queues_by_name_and_by_descriptor() {
     const MQ: u32 = 22;
     const CTRL_VQ: u32 = 17;
+    /// Where no buffer for frames is.
+    const COMMAND: u64 = DATA + 0x8_0000;
     in_namespace(|| {
         let by_name = Tap::open_queues(NAME, 3).unwrap();
         let descriptors: Vec<_> = by_name.iter().map(|tap| tap.as_fd().try_clone_to_owned().unwrap()).collect();
@@ -256,17 +258,16 @@ fn several_queues_by_name_and_by_descriptor() {
         assert_eq!(running.rings.len(), 7);
         exchange(&mut running, &socket);
         for pairs in [3_u8, 1, 2] {
-            running.guest.poke(DATA, &[4, 0, pairs, 0]);
-            running.rings[6].offer(&[Buffer::readable(DATA, 4), Buffer::writable(DATA + 8, 1)]);
+            running.guest.poke(COMMAND, &[4, 0, pairs, 0]);
+            running.rings[6].offer(&[Buffer::readable(COMMAND, 4), Buffer::writable(COMMAND + 8, 1)]);
             running.guest.kick(6);
             running.wait_used(6, 1);
-            assert_eq!(running.guest.peek(DATA + 8, 1), [0]);
+            assert_eq!(running.guest.peek(COMMAND + 8, 1), [0]);
             assert_eq!(control.queue_pairs(), u16::from(pairs));
             // Whatever queue the host chooses, it is one that is served.
             let before = control.counters().received;
             for ring in [0, 2, 4] {
                 for _ in 0..8 {
-                    // Not where the commands are: the host has frames of its own.
                     running.rings[ring].offer(&[Buffer::writable(DATA + 0x1000, 0x1_1000)]);
                 }
                 running.guest.kick(ring as u32);
@@ -283,8 +284,8 @@ fn several_queues_by_name_and_by_descriptor() {
         guest.set_status(0);
         assert_eq!(control.queue_pairs(), 1);
         let mut running = guest.start(1 << CTRL_VQ);
-        running.guest.poke(DATA, &[9, 9]);
-        running.rings[2].offer(&[Buffer::readable(DATA, 2), Buffer::writable(DATA + 8, 1)]);
+        running.guest.poke(COMMAND, &[9, 9]);
+        running.rings[2].offer(&[Buffer::readable(COMMAND, 2), Buffer::writable(COMMAND + 8, 1)]);
         running.guest.kick(2);
         assert_eq!(running.wait_used(2, 1), [(0, 1)]);
     });
