@@ -1,6 +1,7 @@
 //! One container at a time, by where its guest comes from: booted, or restored with each kind of memory.
 
 use std::fs;
+use std::iter;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -8,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use benches::table::{markdown, median, milliseconds};
-use inlay_tests::harness::trace::{Start, now};
+use inlay_tests::harness::trace::{STAGES, Start, now};
 use inlay_tests::harness::{Parts, Pss, Runtime, configure, containerd, unique};
 use inlay_tests::images;
 
@@ -68,6 +69,8 @@ pub fn run(rounds: usize) -> Result<()> {
         "Private: memory of the guest that the host has for this sandbox alone: in one start when the agent has answered, when `ctr run --detach` \
          has returned, and 10 s later.\n"
     );
+    println!("### Their stages, medians of the same\n");
+    println!("{}", markdown(&stages(&all)));
     Ok(())
 }
 
@@ -196,6 +199,19 @@ fn rows(all: &[(Backend, Figures)]) -> Vec<Vec<String>> {
         row.resize(head.len(), String::new());
         rows.push(row);
     }
+    rows
+}
+
+/// A line for each stage, and a column for each kind. What is restored has no T3: all until its agent answers is T3→T4.
+fn stages(all: &[(Backend, Figures)]) -> Vec<Vec<String>> {
+    let traced: Vec<_> = all.iter().filter(|(backend, _)| *backend != Backend::Runc).collect();
+    let head = traced.iter().map(|(backend, _)| backend.name().to_owned());
+    let mut rows = vec![iter::once(String::new()).chain(head).collect()];
+    rows.extend(STAGES.iter().enumerate().map(|(stage, name)| {
+        let of = |figures: &Figures| median(figures.starts.iter().map(|start| start.stages()[stage]));
+        let times = traced.iter().map(|(_, figures)| milliseconds(of(figures)));
+        iter::once((*name).to_owned()).chain(times).collect()
+    }));
     rows
 }
 
