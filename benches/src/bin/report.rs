@@ -33,7 +33,7 @@ fn main() -> Result<()> {
     }
     let on_a_host = |name: &str, arguments: &[&str]| {
         let mut host = Command::new(root.join("target/debug/nested-host"));
-        host.args(["run", "--auto", "--memory", "8G", "--timeout", "3600", "--"]).arg(program(name)).args(arguments);
+        host.args(["run", "--auto", "--memory", "8G", "--timeout", "10800", "--"]).arg(program(name)).args(arguments);
         output(&mut host)
     };
     let containers = |arguments: &[&str]| on_a_host("containers", arguments);
