@@ -5,8 +5,8 @@ use std::os::fd::OwnedFd;
 
 use caps::{CapSet, Capability, CapsHashSet};
 use landlock::{
-    ABI, Access, AccessFs, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset, RulesetAttr, RulesetCreated,
-    RulesetCreatedAttr, RulesetError,
+    ABI, Access, AccessFs, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset, RulesetAttr,
+    RulesetCreated, RulesetCreatedAttr, RulesetError,
 };
 
 use crate::{ConfineError, Post, Role};
@@ -68,7 +68,7 @@ pub fn give_up(post: Post) -> Result<(), ConfineError> {
     match post.role() {
         Role::Api => keep(&[]),
         Role::Fs => {
-            close_all_but(post.grounds)?;
+            close_all_but(post.ground)?;
             keep(&FILES)
         }
         Role::Io | Role::Vcpu | Role::Uffd => {
@@ -108,12 +108,12 @@ fn close_file_system() -> Result<(), ConfineError> {
     Ok(())
 }
 
-/// Leaves the calling thread the descriptors that it has, and what is below `grounds`, also by mounts. Where the kernel has
+/// Leaves the calling thread the descriptors that it has, and what is below `ground`, also by mounts. Where the kernel has
 /// no Landlock, or has that of before Linux 5.19, nothing happens.
-fn close_all_but(grounds: Vec<OwnedFd>) -> Result<(), ConfineError> {
+fn close_all_but(ground: Option<OwnedFd>) -> Result<(), ConfineError> {
     let all = AccessFs::from_all(LANDLOCK);
-    let rules = grounds.into_iter().map(|directory| Ok::<_, RulesetError>(PathBeneath::new(directory, all & !never())));
-    ruleset(all, CompatLevel::SoftRequirement)?.add_rules(rules)?.restrict_self()?;
+    let rule = ground.map(|directory| Ok::<_, RulesetError>(PathBeneath::new(directory, all & !never())));
+    ruleset(all, CompatLevel::SoftRequirement)?.add_rules(rule)?.restrict_self()?;
     Ok(())
 }
 

@@ -20,14 +20,14 @@ const TRIM_THRESHOLD: libc::c_int = libc::c_int::MAX;
 #[derive(Debug)]
 pub struct Post {
     role: Role,
-    /// Directories below which it may open, make and remove files, where its role may at all.
-    pub(crate) grounds: Vec<OwnedFd>,
+    /// The directory below which it may open, make and remove files, where its role may at all.
+    pub(crate) ground: Option<OwnedFd>,
 }
 
 impl Post {
-    /// A file system server's, for the directories `grounds` and what is below them.
-    pub fn serving(grounds: Vec<OwnedFd>) -> Self {
-        Self { role: Role::Fs, grounds }
+    /// A file system server's, for the directory `ground` and what is below it.
+    pub fn serving(ground: OwnedFd) -> Self {
+        Self { role: Role::Fs, ground: Some(ground) }
     }
 
     /// What the thread is for.
@@ -39,7 +39,7 @@ impl Post {
 impl From<Role> for Post {
     /// Without any directory.
     fn from(role: Role) -> Self {
-        Self { role, grounds: Vec::new() }
+        Self { role, ground: None }
     }
 }
 

@@ -8,8 +8,8 @@ use std::os::fd::AsRawFd;
 use std::process::{Command, Output};
 
 use seccomp::{
-    Confinement, EXIT_CODE, Post, Role, confine_helper, confine_machine, confine_process, drop_capabilities, drop_privileges,
-    spawn, take_role,
+    Confinement, EXIT_CODE, Post, Role, confine_helper, confine_machine, confine_process, drop_capabilities,
+    drop_privileges, spawn, take_role,
 };
 
 const CASE: &str = "SECCOMP_TEST_CASE";
@@ -86,7 +86,7 @@ fn a_file_system_server_opens_what_is_below_its_directory_alone() {
         let root = File::open(own.path()).expect("opened");
         // Linux 5.19 is the first whose Landlock is used for this.
         let closed = landlock() >= 2;
-        let thread = spawn(Confinement::On, Post::serving(vec![root.into()]), "fs".to_owned(), move || {
+        let thread = spawn(Confinement::On, Post::serving(root.into()), "fs".to_owned(), move || {
             File::create(&inside).expect("below its directory");
             moves(&from, c"file", &to, c"moved").expect("to another directory of its own");
             if closed {

@@ -150,7 +150,7 @@ impl Fs {
 
     /// What its event loop's thread is for: it needs the shared directory, and no other.
     pub fn post(&self) -> Result<Post, FsError> {
-        Ok(Post::serving(vec![self.share.root().map_err(FsError::Spawn)?]))
+        self.share.root().map(Post::serving).map_err(FsError::Spawn)
     }
 
     /// A handle on the shared directory that outlives giving the device to its transport.
