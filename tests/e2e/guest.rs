@@ -1,8 +1,10 @@
 //! The guest: a kernel of its own, its memory, the times of its start.
 
 use std::fs;
+use std::thread;
+use std::time::Duration;
 
-use inlay_tests::harness::{HOME, Scene, configure};
+use inlay_tests::harness::{HOME, Scene, configure, statistic};
 use serde_json::Value;
 
 crate::for_inlay!(
@@ -11,10 +13,16 @@ crate::for_inlay!(
     uses_little_memory,
     traces_the_seven_times_of_a_start,
     denies_a_system_call_that_the_profile_denies,
+    sleeps_while_there_is_nothing_to_do,
 );
 
 /// The budget for what the guest itself uses of 256 MB, in KiB.
 const GUEST_BUDGET: u64 = 25_000;
+
+/// How long a guest is watched that does nothing, and how often it may wake meanwhile: a kernel whose timers nobody looked
+/// after does so ten times a second.
+const LOOK: Duration = Duration::from_secs(8);
+const NAPS: u64 = 16;
 
 fn has_a_kernel_of_its_own(scene: &Scene) {
     let host = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
@@ -51,6 +59,21 @@ fn traces_the_seven_times_of_a_start(scene: &Scene) {
     let times: Vec<u64> =
         (0..7).map(|n| line[format!("t{n}")].as_u64().unwrap_or_else(|| panic!("no t{n} in {line}"))).collect();
     assert!(times.is_sorted(), "{times:?}");
+}
+
+/// A node has hundreds of sandboxes that do nothing: what wakes each of them takes time from the others.
+fn sleeps_while_there_is_nothing_to_do(scene: &Scene) {
+    let id = scene.start(&["sleep", "1000"]);
+    let pid = scene.pid_of(&id);
+    // What the start has left to do.
+    thread::sleep(Duration::from_secs(5));
+    let naps = || statistic(pid, "halt_exits").unwrap();
+    let before = naps();
+    thread::sleep(LOOK);
+    let naps = naps() - before;
+    println!("the guest slept {naps} times in {} s", LOOK.as_secs());
+    assert!(naps <= NAPS, "the guest was woken {naps} times");
+    scene.remove(&id);
 }
 
 /// containerd's default profile denies `unshare` and the like to a container without privileges; a

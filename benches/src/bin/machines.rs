@@ -2,7 +2,6 @@
 //! command line in the host that this runs in. Prints Markdown tables.
 
 use std::collections::BTreeMap;
-use std::ffi::OsStr;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::Shutdown;
@@ -12,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use benches::table::markdown;
-use inlay_tests::harness::Pss;
 use inlay_tests::harness::standalone::{Order, Rig, host};
+use inlay_tests::harness::{Pss, statistic};
 use serde_json::Value;
 
 /// Bytes of each disk, file and stream.
@@ -27,9 +26,6 @@ const FILES: u32 = 300;
 
 /// Of the guest's interface.
 const MAC: &str = "52:54:00:4e:00:01";
-
-/// Where KVM counts, by machine.
-const STATISTICS: &str = "/sys/kernel/debug/kvm";
 
 /// Figures of one monitor: what was measured, and how much of it.
 type Figures = BTreeMap<(usize, String), f64>;
@@ -71,30 +67,15 @@ fn measure(rig: &Rig, program: &Path) -> Result<Figures> {
 
 /// From the program's start to the guest's shell, and what that took of exits and memory.
 fn boot(order: &Order, note: &mut impl FnMut(String, f64)) -> Result<()> {
-    if !Path::new(STATISTICS).exists() {
-        host(&["mount", "-t", "debugfs", "debugfs", "/sys/kernel/debug"]);
-    }
     let vm = order.clone().boot();
     note("exec to the guest's shell, ms".into(), vm.started().elapsed().as_secs_f64() * 1e3);
     for kind in ["exits", "io_exits", "mmio_exits", "halt_exits"] {
-        note(format!("{kind} until then"), statistic(vm.pid(), kind)?);
+        note(format!("{kind} until then"), statistic(vm.pid(), kind)? as f64);
     }
     let pss = Pss::of_monitor(vm.pid(), 128 << 10)?;
     note("PSS without guest memory, KiB".into(), pss.own as f64);
     vm.quit();
     Ok(())
-}
-
-/// One of KVM's counters for the machine of a process (`kvm_stat`).
-fn statistic(pid: u32, name: &str) -> Result<f64> {
-    let entries = fs::read_dir(STATISTICS).context("KVM's statistics are not there")?.flatten();
-    let prefix = format!("{pid}-");
-    let machine = entries
-        .map(|entry| entry.path())
-        .find(|path| path.file_name().and_then(OsStr::to_str).is_some_and(|name| name.starts_with(&prefix)));
-    let path = machine.context("KVM does not count this machine's exits")?.join(name);
-    let text = fs::read_to_string(&path).with_context(|| format!("Cannot read {}", path.display()))?;
-    Ok(text.trim().parse()?)
 }
 
 fn drive(rig: &Rig, program: &Path, scratch: &Path, engine: &str, options: &str, note: &mut impl FnMut(String, f64)) {

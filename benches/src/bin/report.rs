@@ -39,6 +39,7 @@ fn main() -> Result<()> {
     let containers = |arguments: &[&str]| on_a_host("containers", arguments);
     page.measure(&format!("Containers, {place}"), || containers(&["runs"]))?;
     page.measure(&format!("Where their guests come from, {place}"), || containers(&["backends"]))?;
+    page.measure(&format!("A container that does nothing, {place}"), || containers(&["idle"]))?;
     page.measure(&format!("Devices of `inlay vm` with a Linux guest, {place}"), || on_a_host("machines", &[]))?;
     // One round says little: a hundred have taken from 150 to 350 s on the same machine.
     let together = || containers(&["together", "--rounds", "3"]);

@@ -26,8 +26,7 @@ fn gives_a_spare_to_a_start_and_fills_its_slot(scene: &Scene) {
     assert_eq!(spares.len(), 2);
     take_starts();
     let id = scene.start(&["sleep", "1000"]);
-    let line = scene.state_of(&id);
-    let pid: i32 = line.split_whitespace().nth(1).and_then(|pid| pid.parse().ok()).unwrap();
+    let pid = scene.pid_of(&id).cast_signed();
     assert!(spares.contains(&pid), "{pid} was no spare: {spares:?}");
     assert_eq!(scene.exec(&id, &["hostname"]).ok().stdout.trim(), id);
     assert!(Path::new("/run/inlay/sandboxes").join(&id).exists());

@@ -179,8 +179,8 @@ fn fills_the_pool_from_a_server(scene: &Scene) {
     println!("{}", scene.inlay(&["pool", "fill"]).ok().stdout);
     let waiting = spares(scene);
     let id = scene.start(SLEEP);
-    let pid = scene.state_of(&id).split_whitespace().nth(1).and_then(|pid| pid.parse().ok());
-    assert!(pid.is_some_and(|pid| waiting.contains(&pid)), "{pid:?} was no spare: {waiting:?}");
+    let pid = scene.pid_of(&id).cast_signed();
+    assert!(waiting.contains(&pid), "{pid} was no spare: {waiting:?}");
     assert_eq!(restored(scene, &id), 1.0);
     assert_eq!(scene.exec(&id, &["hostname"]).ok().stdout.trim(), id);
     scene.wait_for("a full pool", || spares(scene).len() == 1);

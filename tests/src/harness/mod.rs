@@ -2,6 +2,7 @@
 //! host's state before and after.
 
 mod containerd;
+mod kvm;
 mod memory;
 mod processes;
 mod scene;
@@ -11,6 +12,7 @@ mod terminal;
 pub mod trace;
 
 pub use containerd::{Containerd, HOME, Output, unique};
+pub use kvm::statistic;
 pub use memory::Pss;
 pub use processes::{Processes, Thread};
 pub use scene::{CONFIGURATION, Parts, Runtime, Scene, configure, containerd, play};

@@ -258,6 +258,14 @@ impl Scene {
         list.lines().find(|line| line.split_whitespace().next() == Some(id)).unwrap_or_default().to_owned()
     }
 
+    /// The process of a container's sandbox; with runc, of the container.
+    #[track_caller]
+    pub fn pid_of(&self, id: &str) -> u32 {
+        let line = self.state_of(id);
+        let pid = line.split_whitespace().nth(1).and_then(|pid| pid.parse().ok());
+        pid.unwrap_or_else(|| panic!("no process of {id} in {line:?}"))
+    }
+
     /// Waits for something that has no event of its own.
     #[track_caller]
     pub fn wait_for(&self, what: &str, mut happened: impl FnMut() -> bool) {

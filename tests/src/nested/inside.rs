@@ -66,6 +66,7 @@ fn furnish() -> Result<()> {
     mount_at("mqueue", "/dev/mqueue", "mqueue", plain, "")?;
     mount_at("cgroup2", "/sys/fs/cgroup", "cgroup2", plain, "")?;
     mount_at("bpf", "/sys/fs/bpf", "bpf", plain, "")?;
+    mount_at("debugfs", "/sys/kernel/debug", "debugfs", plain, "")?;
     mount_at(ARTEFACTS_TAG, ARTEFACTS, "virtiofs", plain, "")?;
     let controllers = fs::read_to_string("/sys/fs/cgroup/cgroup.controllers")?;
     for controller in controllers.split_whitespace() {

@@ -11,6 +11,9 @@ use anyhow::{Context, Result, ensure};
 use super::session::Session;
 use super::supervise::{Ending, Output};
 
+/// So many of the slowest tests are named at the end.
+const SLOWEST: usize = 12;
+
 /// How a trial ended.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Verdict {
@@ -58,6 +61,7 @@ pub fn run(session: &mut Session, binary: &str, filters: &[String], limit: Durat
         // Emulated, the symbols of one backtrace take 20 s to read.
         request.env.retain(|(name, _)| !name.ends_with("_BACKTRACE"));
         progress.line.clear();
+        progress.last = None;
         let first = left[0].clone();
         let remaining = limit.saturating_sub(started.elapsed());
         let during = RefCell::new(first.clone());
@@ -79,6 +83,7 @@ pub fn run(session: &mut Session, binary: &str, filters: &[String], limit: Durat
     for name in &progress.failed {
         println!("nested-host: FAILED {name}");
     }
+    println!("nested-host: the slowest tests, in seconds:{}", progress.slowest());
     let not_run = names.len() - progress.passed.len() - progress.failed.len();
     println!(
         "nested-host: {} passed, {} failed, {not_run} not run in {:.0} s; {}",
@@ -104,8 +109,11 @@ fn list(binary: &str, filters: &[String]) -> Result<Vec<String>> {
 struct Progress {
     passed: Vec<String>,
     failed: Vec<String>,
-    /// The unfinished line.
+    /// How long each took that has ended. The first one's includes the start of its host's containerd.
+    took: Vec<(String, Duration)>,
+    /// The unfinished line, and when the last one ended.
     line: Vec<u8>,
+    last: Option<Instant>,
 }
 
 impl Progress {
@@ -122,15 +130,26 @@ impl Progress {
             if *byte == b'\n' {
                 let line = String::from_utf8_lossy(&self.line).into_owned();
                 self.line.clear();
-                match outcome(&line) {
-                    Some((name, "ok")) => self.passed.push(name.to_owned()),
-                    Some((name, "FAILED")) => self.failed.push(name.to_owned()),
-                    _ => {}
-                }
+                let now = Instant::now();
+                let since = self.last.replace(now);
+                let ended = match outcome(&line) {
+                    Some((name, "ok")) => (name, &mut self.passed),
+                    Some((name, "FAILED")) => (name, &mut self.failed),
+                    _ => continue,
+                };
+                ended.1.push(ended.0.to_owned());
+                self.took.extend(since.map(|since| (ended.0.to_owned(), now - since)));
             } else {
                 self.line.push(*byte);
             }
         }
+    }
+
+    /// The tests that took longest, a line each.
+    fn slowest(&self) -> String {
+        let mut took: Vec<_> = self.took.iter().collect();
+        took.sort_by_key(|(_, time)| std::cmp::Reverse(*time));
+        took.iter().take(SLOWEST).map(|(name, time)| format!("\n{:8.1} {name}", time.as_secs_f64())).collect()
     }
 
     /// The test that has begun and not ended.

@@ -7,13 +7,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use benches::table::{markdown, median, milliseconds};
 use inlay_tests::harness::trace::{STAGES, Start, now};
 use inlay_tests::harness::{Parts, Pss, Runtime, configure, containerd, unique};
 use inlay_tests::images;
 
-use crate::{inlay, trace, traced};
+use crate::{inlay, pid_of, trace, traced};
 
 /// When a container that does nothing has come to rest.
 const REST: Duration = Duration::from_secs(10);
@@ -146,12 +146,6 @@ fn look_until(over: &AtomicBool, program: &Path) -> Vec<(u64, Pss)> {
         thread::sleep(LOOK);
     }
     looks
-}
-
-fn pid_of(id: &str) -> Result<u32> {
-    let tasks = containerd().ctr(&["task", "list"]).ok().stdout;
-    let line = tasks.lines().find(|line| line.split_whitespace().next() == Some(id)).context("It is not listed")?;
-    line.split_whitespace().nth(1).context("No process is listed")?.parse().context("A process is no number")
 }
 
 fn rows(all: &[(Backend, Figures)]) -> Vec<Vec<String>> {

@@ -2,10 +2,11 @@
 //! Prints Markdown tables. `--help` says what can be measured.
 
 mod backends;
+mod idle;
 mod together;
 
 use std::fs;
-use std::num::NonZeroUsize;
+use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
@@ -40,6 +41,11 @@ enum What {
         #[arg(default_value = "10")]
         rounds: NonZeroUsize,
     },
+    /// What a container that sleeps takes of a processor.
+    Idle {
+        #[arg(default_value = "20")]
+        seconds: NonZeroU64,
+    },
     /// So many starts at once. A hundred sandboxes that boot take more memory than the nested host usually has: `--memory 8G`.
     Together(together::Order),
 }
@@ -48,6 +54,7 @@ fn main() -> Result<()> {
     match Arguments::parse().what {
         What::Runs { runs } => one_by_one(runs.get()),
         What::Backends { rounds } => backends::run(rounds.get()),
+        What::Idle { seconds } => idle::run(Duration::from_secs(seconds.get())),
         What::Together(order) => together::run(order),
     }
 }
@@ -103,6 +110,13 @@ fn inlay(parts: &Parts, arguments: &[&str]) -> Result<()> {
     let output = Command::new(&parts.shim).args(arguments).output().context("Cannot run inlay")?;
     ensure!(output.status.success(), "inlay {arguments:?} has failed: {}", String::from_utf8_lossy(&output.stderr));
     Ok(())
+}
+
+/// The process of a container's sandbox.
+fn pid_of(id: &str) -> Result<u32> {
+    let tasks = containerd().ctr(&["task", "list"]).ok().stdout;
+    let line = tasks.lines().find(|line| line.split_whitespace().next() == Some(id)).context("It is not listed")?;
+    line.split_whitespace().nth(1).context("No process is listed")?.parse().context("A process is no number")
 }
 
 /// One container's whole life.

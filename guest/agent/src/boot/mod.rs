@@ -4,12 +4,15 @@
 //! 2. a root that `pivot_root` works from,
 //! 3. the mounts,
 //! 4. this program, read-only, for helpers,
-//! 5. the loopback interface and the limit of open files.
+//! 5. the loopback interface and the limit of open files,
+//! 6. an end to what would wake a guest that does nothing.
 
 mod marker;
 mod mounts;
 mod program;
 mod rootfs;
+
+use std::fs;
 
 use anyhow::{Context, Result};
 use nix::sys::reboot::{RebootMode, reboot};
@@ -19,6 +22,10 @@ use nix::sys::resource::{Resource, setrlimit};
 /// The kernel starts init with 1024, and each process of a container costs the agent up to six.
 const MAX_FILES: u64 = 1 << 20;
 
+/// How eagerly memory is compacted in the background, for which a kernel thread looks twice a second. Without it memory is
+/// still compacted when somebody wants more in one piece than there is (Documentation/admin-guide/sysctl/vm.rst).
+const PROACTIVE_COMPACTION: &str = "/proc/sys/vm/compaction_proactiveness";
+
 /// Boots the guest. An error here ends PID 1, so the kernel panics and the host is told.
 pub fn bring_up() -> Result<()> {
     marker::user_space_runs();
@@ -27,6 +34,8 @@ pub fn bring_up() -> Result<()> {
     program::protect().context("Mounting the agent's own program for helpers")?;
     crate::net::bring_up_loopback().context("Bringing up the loopback interface")?;
     setrlimit(Resource::RLIMIT_NOFILE, MAX_FILES, MAX_FILES).context("Raising the limit of open files")?;
+    // Not every kernel compacts.
+    let _ = fs::write(PROACTIVE_COMPACTION, "0");
     Ok(())
 }
 
