@@ -10,7 +10,7 @@ use super::{make, remove, run_at_once, with_factory};
 crate::for_inlay!(shares_nothing_random_with_another_clone);
 
 /// How many clones are compared; the variable asks for more.
-const CLONES: usize = 20;
+const CLONES: usize = 10;
 const VARIABLE: &str = "INLAY_CLONES";
 /// How many of them start at a time.
 const BATCH: usize = 5;

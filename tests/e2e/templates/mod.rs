@@ -93,6 +93,7 @@ fn run_at_once(scene: &Scene, count: usize, args: &[&str]) -> Vec<String> {
     };
     let children: Vec<_> = ids.iter().map(start).collect();
     let outputs: Vec<_> = children.into_iter().map(|child| child.wait_with_output().unwrap()).collect();
+    containerd().collect_garbage();
     let failed: Vec<_> = outputs.iter().filter(|output| !output.status.success()).collect();
     assert!(failed.is_empty(), "{} of {count} have failed: {failed:#?}", failed.len());
     outputs.iter().map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).collect()

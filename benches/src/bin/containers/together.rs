@@ -138,18 +138,9 @@ fn round(kind: Kind, count: usize, figures: &mut Figures) -> Result<()> {
         eprintln!("{} not removed: {}", kind.name(), String::from_utf8_lossy(&output.stderr).trim());
     }
     eprintln!("{count} at once, {}: {:.1} s", kind.name(), figures.walls.last().map_or(0.0, Duration::as_secs_f64));
-    collect_garbage()?;
+    containerd().collect_garbage();
     if kind != Kind::Runc {
         HostState::assert_settles(&before);
-    }
-    Ok(())
-}
-
-/// containerd forgets deletions that come while it collects garbage, until the next one, so snapshots would stay.
-fn collect_garbage() -> Result<()> {
-    for arguments in [&["leases", "create", "--id", "sweep"][..], &["leases", "delete", "--sync", "sweep"]] {
-        let output = containerd().ctr(arguments);
-        ensure!(output.status.success(), "{arguments:?} has failed: {output:#?}");
     }
     Ok(())
 }
