@@ -10,7 +10,12 @@ use std::time::{Duration, Instant};
 use inlay_tests::harness::standalone::{Rig, Vm, host, noise, vsock};
 use serde_json::Value;
 
-crate::on_a_rig!(carry_frames_both_ways, carry_frames_both_ways_by_the_kernel, reach_sockets_of_the_host);
+crate::on_a_rig!(
+    carry_frames_both_ways,
+    carry_frames_both_ways_by_the_kernel,
+    reach_sockets_of_the_host,
+    balance_by_a_virtual_server,
+);
 
 /// Bytes of a file that is carried and compared.
 const AMOUNT: usize = 4 << 20;
@@ -147,4 +152,18 @@ fn reach_sockets_of_the_host(rig: &Rig) {
     // Nobody listens there.
     assert_ne!(vm.try_sh("socat -u OPEN:/dev/null VSOCK-CONNECT:2:1236").code, 0);
     assert!(vm.quit().success());
+}
+
+/// The guest's kernel has a patch by which IPVS does nothing, its estimator of rates least of all, until there is a service.
+fn balance_by_a_virtual_server(rig: &Rig) {
+    let vm = rig.vm().boot();
+    vm.sh("ip address add 10.79.0.1/32 dev lo; ipvsadm -A -t 10.79.0.1:80 -s rr && ipvsadm -a -t 10.79.0.1:80 -r 127.0.0.1:8080 -m");
+    vm.sh("socat TCP-LISTEN:8080,fork,reuseaddr EXEC:'echo balanced' >/dev/null 2>&1 </dev/null &");
+    let reach = "socat -u TCP:10.79.0.1:80,retry=20,interval=0.5 -";
+    assert_eq!(vm.sh(reach), "balanced\n");
+    // The fourth column is the packets of each second, which the estimator finds out.
+    let estimated = "ipvsadm -Ln --rate | awk '$1 == \"TCP\" && $4 > 0 { found = 1 } END { exit !found }'";
+    vm.sh(&format!("i=0; until {estimated}; do i=$((i + 1)); [ $i -lt 60 ] && {reach} >/dev/null || exit 1; done"));
+    println!("{}", vm.sh("ipvsadm -Ln --rate"));
+    vm.quit();
 }

@@ -76,9 +76,7 @@ fn exec_and_memory(scene: &Scene) -> Result<()> {
     title("A program in a running container, and memory");
     let id = scene.start(&["sleep", "1000"]);
     print!("$ ctr task exec … ps\n{}", scene.exec(&id, &["ps"]).ok().stdout);
-    let line = scene.state_of(&id);
-    let pid = line.split_whitespace().nth(1).and_then(|pid| pid.parse().ok()).context("The task has no process")?;
-    let pss = Pss::of(pid)?;
+    let pss = Pss::of(scene.pid_of(&id))?;
     let free = scene.exec(&id, &["free", "-m"]).ok().stdout;
     let used = free.lines().find(|line| line.starts_with("Mem:")).and_then(|line| line.split_whitespace().nth(2));
     println!("PSS of the shim process without guest RAM: {} KiB", pss.own);

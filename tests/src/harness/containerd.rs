@@ -131,6 +131,15 @@ impl Containerd {
         self.ctr_with(args, None, CTR_LIMIT)
     }
 
+    /// The process of a container's task. With Inlay it is the sandbox's.
+    #[track_caller]
+    pub fn pid_of(&self, id: &str) -> Result<u32> {
+        let tasks = self.ctr(&["task", "list"]).ok().stdout;
+        let mut lines = tasks.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+        let line = lines.find(|words| words.first() == Some(&id)).with_context(|| format!("{id} is not listed"))?;
+        line.get(1).and_then(|pid| pid.parse().ok()).with_context(|| format!("No process in {line:?}"))
+    }
+
     /// Lets containerd remove what nobody needs. It forgets deletions that come while it does that, until the next one, so
     /// snapshots of containers that end together may stay.
     #[track_caller]

@@ -258,12 +258,10 @@ impl Scene {
         list.lines().find(|line| line.split_whitespace().next() == Some(id)).unwrap_or_default().to_owned()
     }
 
-    /// The process of a container's sandbox; with runc, of the container.
+    /// The process of a container's task. With Inlay it is the sandbox's.
     #[track_caller]
     pub fn pid_of(&self, id: &str) -> u32 {
-        let line = self.state_of(id);
-        let pid = line.split_whitespace().nth(1).and_then(|pid| pid.parse().ok());
-        pid.unwrap_or_else(|| panic!("no process of {id} in {line:?}"))
+        containerd().pid_of(id).unwrap_or_else(|error| panic!("{error:#}"))
     }
 
     /// Waits for something that has no event of its own.

@@ -111,8 +111,9 @@ struct Progress {
     failed: Vec<String>,
     /// How long each took that has ended. The first one's includes the start of its host's containerd.
     took: Vec<(String, Duration)>,
-    /// The unfinished line, and when the last one ended.
+    /// The unfinished line.
     line: Vec<u8>,
+    /// When the line before it ended.
     last: Option<Instant>,
 }
 
@@ -130,15 +131,14 @@ impl Progress {
             if *byte == b'\n' {
                 let line = String::from_utf8_lossy(&self.line).into_owned();
                 self.line.clear();
-                let now = Instant::now();
-                let since = self.last.replace(now);
-                let ended = match outcome(&line) {
+                let last = self.last.replace(Instant::now());
+                let (name, ended) = match outcome(&line) {
                     Some((name, "ok")) => (name, &mut self.passed),
                     Some((name, "FAILED")) => (name, &mut self.failed),
                     _ => continue,
                 };
-                ended.1.push(ended.0.to_owned());
-                self.took.extend(since.map(|since| (ended.0.to_owned(), now - since)));
+                ended.push(name.to_owned());
+                self.took.extend(last.map(|last| (name.to_owned(), last.elapsed())));
             } else {
                 self.line.push(*byte);
             }

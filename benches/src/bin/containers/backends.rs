@@ -13,7 +13,7 @@ use inlay_tests::harness::trace::{STAGES, Start, now};
 use inlay_tests::harness::{Parts, Pss, Runtime, configure, containerd, unique};
 use inlay_tests::images;
 
-use crate::{inlay, pid_of, trace, traced};
+use crate::{inlay, trace, traced};
 
 /// When a container that does nothing has come to rest.
 const REST: Duration = Duration::from_secs(10);
@@ -103,7 +103,7 @@ fn round(parts: &Parts, backend: Backend, figures: &mut Figures, rest: bool) -> 
         inlay(parts, &["pool", "drain"])?;
     }
     if backend != Backend::Runc {
-        let pid = pid_of(&id)?;
+        let pid = containerd().pid_of(&id)?;
         figures.started.push(Pss::of(pid)?);
         if rest {
             thread::sleep(REST);

@@ -6,21 +6,21 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use benches::table::markdown;
+use benches::table::{markdown, milliseconds};
 use inlay_tests::harness::{Parts, Runtime, configure, containerd, statistic, unique};
 use inlay_tests::images;
 
-use crate::{inlay, pid_of};
+use crate::inlay;
 
 /// What a start leaves to do has been done by then.
 const REST: Duration = Duration::from_secs(10);
 /// KVM's counters that say why a vCPU that sleeps was woken.
 const COUNTERS: [&str; 5] = ["exits", "halt_exits", "irq_injections", "mmio_exits", "io_exits"];
 
-/// Measures a booted and a restored sandbox for so long each, and prints a table of what they take for each second.
+/// Measures a booted and a restored sandbox for so long each. Prints a table of their threads' processor time and of KVM's counters.
 pub fn run(time: Duration) -> Result<()> {
     let parts = Parts::find();
-    let mut rows = vec![["", "thread", "ms of a processor each second"].map(String::from).to_vec()];
+    let mut rows = vec![["", "", "each second"].map(String::from).to_vec()];
     for (name, restored) in [("booted", false), ("restored", true)] {
         configure(&format!("{}\n[factory]\nenable_template = {restored}\n", parts.configuration("")))?;
         if restored {
@@ -31,17 +31,17 @@ pub fn run(time: Duration) -> Result<()> {
         let started = containerd().ctr(&args);
         ensure!(started.status.success(), "{name} has failed: {started:#?}");
         thread::sleep(REST);
-        let pid = pid_of(&id)?;
+        let pid = containerd().pid_of(&id)?;
         let (before, begun) = (Look::at(pid)?, Instant::now());
         thread::sleep(time);
         let (after, seconds) = (Look::at(pid)?, begun.elapsed().as_secs_f64());
         for (thread, time) in after.threads {
             let spent = time.saturating_sub(before.threads.get(&thread).copied().unwrap_or_default());
-            rows.push(vec![name.into(), thread, format!("{:.2}", spent.as_secs_f64() * 1e3 / seconds)]);
+            rows.push(vec![name.into(), format!("thread {thread}"), milliseconds(spent.div_f64(seconds))]);
         }
         for (index, counter) in COUNTERS.iter().enumerate() {
             let counted = (after.counters[index] - before.counters[index]) as f64;
-            rows.push(vec![name.into(), format!("{counter}, each second"), format!("{:.2}", counted / seconds)]);
+            rows.push(vec![name.into(), (*counter).into(), format!("{:.2}", counted / seconds)]);
         }
         containerd().ctr(&["task", "delete", "--force", &id]).ok();
         containerd().ctr(&["container", "delete", &id]).ok();

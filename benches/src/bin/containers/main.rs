@@ -112,13 +112,6 @@ fn inlay(parts: &Parts, arguments: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// The process of a container's sandbox.
-fn pid_of(id: &str) -> Result<u32> {
-    let tasks = containerd().ctr(&["task", "list"]).ok().stdout;
-    let line = tasks.lines().find(|line| line.split_whitespace().next() == Some(id)).context("It is not listed")?;
-    line.split_whitespace().nth(1).context("No process is listed")?.parse().context("A process is no number")
-}
-
 /// One container's whole life.
 fn run(runtime: Runtime) -> Result<Duration> {
     let id = unique("bench");
@@ -156,10 +149,7 @@ fn memory_and_disk(parts: &Parts) -> Result<String> {
     let ctr = |args: &[&str]| containerd().ctr(args);
     let args = ["run", "--detach", "--runtime", Runtime::Inlay.name(), images::BUSYBOX, &id, "sleep", "1000"];
     ensure!(ctr(&args).status.success(), "An idle container cannot be started");
-    let tasks = ctr(&["task", "list"]).ok().stdout;
-    let line = tasks.lines().find(|line| line.starts_with(&id)).context("The idle container is not listed")?;
-    let pid = line.split_whitespace().nth(1).context("No process is listed")?.parse()?;
-    let pss = Pss::of(pid)?;
+    let pss = Pss::of(containerd().pid_of(&id)?)?;
     let free = ctr(&["task", "exec", "--exec-id", "free", &id, "free", "-k"]).ok().stdout;
     let numbers = free.lines().find(|line| line.starts_with("Mem:")).context("free printed no memory")?;
     let numbers: Vec<&str> = numbers.split_whitespace().collect();
