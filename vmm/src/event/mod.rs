@@ -63,9 +63,10 @@ impl LoopThread {
     /// Waits until its thread is confined; to be called before there is a guest. When it cannot be, there is no loop.
     pub fn confirm(&self) -> Result<(), EventError> {
         let mut thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Thread::Entering(entering) = mem::replace(&mut *thread, Thread::Gone) {
-            *thread = Thread::Confined(entering.confined().map_err(EventError::Thread)?);
-        }
+        *thread = match mem::replace(&mut *thread, Thread::Gone) {
+            Thread::Entering(entering) => Thread::Confined(entering.confined().map_err(EventError::Thread)?),
+            arrived => arrived,
+        };
         Ok(())
     }
 
@@ -125,6 +126,7 @@ mod tests {
     use super::*;
     use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
     use std::sync::mpsc::{Sender, channel};
+    use std::time::Duration;
     use virtio_queue::Queue;
     use vmm_sys_util::eventfd::EventFd;
 
@@ -154,7 +156,9 @@ mod tests {
     }
 
     impl Drop for Echo {
+        /// Takes its time, as a device does that waits for its disk.
         fn drop(&mut self) {
+            std::thread::sleep(Duration::from_millis(20));
             let _ = self.seen.send("dropped");
         }
     }
@@ -177,10 +181,11 @@ mod tests {
     }
 
     #[test]
-    fn stopping_drops_the_subscribers_and_later_calls_fail() {
+    fn stopping_waits_until_the_subscribers_are_dropped_and_later_calls_fail() {
         let (seen, receiver) = channel();
         let echo = Echo { event: EventFd::new(0).expect("eventfd"), seen: seen.clone() };
         let looper = LoopThread::start(Role::Fs, Confinement::On).expect("start");
+        looper.confirm().expect("confined");
         looper.add(Box::new(echo)).expect("add");
         looper.stop();
         looper.stop();
