@@ -39,10 +39,15 @@ impl MainThread {
         result.await.map_err(|_| Ended)
     }
 
+    /// Has `work` done, after what was asked for before, and does not wait for it.
+    pub fn begin(&self, work: impl FnOnce() + Send + 'static) {
+        // Nobody can be told when there is nobody.
+        let _ = self.0.send(Some(Box::new(work)));
+    }
+
     /// Has `value` dropped there, after what was asked for before; here, if the thread has ended.
     pub fn give_back(&self, value: impl Send + 'static) {
-        // Nobody can be told when there is nobody.
-        let _ = self.0.send(Some(Box::new(move || drop(value))));
+        self.begin(move || drop(value));
     }
 
     /// There is no work any more.

@@ -19,6 +19,7 @@ use vmm::memory::source::{
     Source, SourceError,
 };
 use vmm::memory::uffd::Uffd;
+use vmm::memory::working_set::WORKING_SET;
 use vmm::{
     BalloonConfig, Confinement, ExitReason, LazyConfig, Machine, MachineConfig, MemoryBacking, RestoreMemory,
     WorkingSet,
@@ -188,14 +189,14 @@ fn the_working_set_of_a_start_serves_the_next() {
     need_uffd!();
     let directory = saved(|_| {});
     let_go(directory.path());
-    assert_eq!(WorkingSet::read(directory.path(), SIZE).expect("none"), None);
+    assert_eq!(WorkingSet::read(directory.path(), WORKING_SET, SIZE).expect("none"), None);
     let first = restore(directory.path(), LazyConfig { record: true, ..LazyConfig::default() });
     keeps_its_data(&first);
     let set = first.lazy_memory().expect("lazy").working_set();
     assert!(set.bytes() >= u64::from(DATA_LENGTH));
-    set.write(directory.path()).expect("write");
+    set.write(directory.path(), WORKING_SET).expect("write");
 
-    let working_set = WorkingSet::read(directory.path(), SIZE).expect("read");
+    let working_set = WorkingSet::read(directory.path(), WORKING_SET, SIZE).expect("read");
     assert_eq!(working_set.as_ref(), Some(&set));
     let second = restore(directory.path(), LazyConfig { working_set, record: true, ..LazyConfig::default() });
     let handle = second.lazy_memory().expect("lazy");

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use support::virtio::{PAGE, bring_up, request, see_above};
 use support::{Code, ELF_BASE, EXIT_PORT, chain, config, console, wait};
-use vmm::{ExitReason, Machine, MachineConfig, MemoryConfig, RngConfig, VsockConfig};
+use vmm::{ExitReason, Machine, MachineConfig, MemoryConfig, RestoreMemory, RngConfig, VsockConfig};
 
 const SHUTDOWN: u8 = 4;
 /// Where the counting guest counts, and what it waits for before it ends.
@@ -124,6 +124,42 @@ fn many_machines_are_restored_from_one_directory_at_a_time() {
     });
     // What they wrote is theirs.
     assert_eq!(saved_word(directory.path(), LEAVE), 1);
+}
+
+/// By the pages of a start before.
+#[test]
+fn what_a_guest_writes_to_is_copied_before_it_does() {
+    need_kvm!();
+    let (directory, again) = (tempfile::tempdir().expect("directory"), tempfile::tempdir().expect("directory"));
+    drop(saved(directory.path(), |_| {}));
+    let first = saved_word(directory.path(), COUNTER);
+    let machine = Machine::restore(restore_config(), directory.path()).expect("restore");
+    assert!(machine.written_memory().expect("pages").is_empty());
+    assert_eq!(machine.copy_ahead().expect("nothing is expected"), 0);
+    goes_on(&machine, again.path(), first);
+    let written = machine.written_memory().expect("pages");
+    drop(machine);
+    let page = u64::from(COUNTER);
+    assert!(written.ranges().any(|range| range.contains(&page)) && written.bytes() < 1 << 20, "{written:?}");
+
+    let mapped = RestoreMemory::Mapped { written: Some(written.clone()) };
+    let machine = Machine::restore_with(restore_config(), directory.path(), mapped).expect("restore");
+    assert!(machine.written_memory().expect("pages").is_empty());
+    match machine.copy_ahead() {
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+            println!("skipped: the host's kernel has no MADV_POPULATE_WRITE");
+            return;
+        }
+        copied => assert_eq!(copied.expect("copy"), written.bytes()),
+    }
+    assert_eq!(machine.written_memory().expect("pages"), written);
+    assert_eq!(machine.copy_ahead().expect("once"), 0);
+    // It has what the template has, and the guest goes on in it.
+    goes_on(&machine, again.path(), first);
+    assert_eq!(saved_word(directory.path(), COUNTER), first);
+    machine.stop();
+    assert_eq!(machine.copy_ahead().expect("nothing is left"), 0);
+    machine.written_memory().expect_err("no memory is left");
 }
 
 #[test]

@@ -86,7 +86,10 @@ fn measure(mib: u32, runs: usize) -> Result<()> {
     let candidate = |name, memory| Candidate { name, memory, starts: Vec::new() };
     let set = || Some(template.working_set.clone());
     let mut candidates = [
-        candidate("mapped", Box::new(|| Ok(RestoreMemory::Mapped)) as Box<dyn Fn() -> Result<RestoreMemory>>),
+        candidate(
+            "mapped",
+            Box::new(|| Ok(RestoreMemory::Mapped { written: None })) as Box<dyn Fn() -> Result<RestoreMemory>>,
+        ),
         candidate("lazy", Box::new(|| lazily(LazyConfig::default()))),
         candidate(
             "lazy, with working set",

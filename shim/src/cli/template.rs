@@ -12,6 +12,7 @@ use clap::Subcommand;
 use seccomp::Confinement;
 use tracing_subscriber::filter::LevelFilter;
 use vmm::memory::source::Address;
+use vmm::memory::working_set::{WORKING_SET, WRITTEN_SET};
 
 use crate::bootstrap::{raise_file_limit, with_causes};
 use crate::config::Config;
@@ -225,9 +226,10 @@ fn show(store: &Store, name: &Id, config: &Config) -> Result<(), Box<dyn Error>>
     if let Some(elsewhere) = &record.elsewhere {
         println!("chunks     {}, by the index {}", elsewhere.chunks, elsewhere.index_sha256);
     }
-    match template.working_set()? {
-        Some(set) => println!("ahead      {} KiB, which a start asks for first", set.bytes() >> 10),
-        None => println!("ahead      nothing: no start was recorded"),
+    for (set, what) in [(WORKING_SET, "asks for first"), (WRITTEN_SET, "writes to first")] {
+        if let Some(set) = template.working_set(set)? {
+            println!("ahead      {} KiB, which a start {what}", set.bytes() >> 10);
+        }
     }
     println!("kernel     {}\ninitrd     {}", images[0], images[1]);
     println!("machine    {}", serde_json::to_string(&record.key)?);

@@ -180,6 +180,8 @@ impl Guest {
         let connector = machine.vsock().ok_or(ConnectError::Gone)?;
         tokio::spawn(forward_logs(listen_for_log(&connector)));
         (home.before_start)()?;
+        let copied = Arc::clone(&machine);
+        home.main.begin(move || copy_ahead(&copied));
         machine.start().map_err(BootError::Start)?;
 
         let come_up = async {
@@ -229,6 +231,14 @@ impl Guest {
         if let Err(error) = self.main.run(move || machine.stop()).await {
             tracing::error!(%error, "The machine was not stopped");
         }
+    }
+}
+
+/// While the guest runs already: it needs none of it to be right.
+fn copy_ahead(machine: &Machine) {
+    match machine.copy_ahead() {
+        Ok(bytes) => tracing::debug!(bytes, "What the guest will write to is copied"),
+        Err(error) => tracing::debug!(%error, "What the guest will write to cannot be copied ahead"),
     }
 }
 

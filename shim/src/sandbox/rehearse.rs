@@ -1,4 +1,4 @@
-//! Which pages a start asks for first: a sandbox and a container are started from a template that is being made, and
+//! Which pages a start asks for, or writes to, first: a sandbox and a container are started from a template that is being made, and
 //! given up.
 //!
 //! What is recorded is thus the same for every start, and no guest of somebody's can put anything in it.
@@ -7,6 +7,7 @@ use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use agent_proto::agent::CreateContainerRequest;
@@ -14,14 +15,16 @@ use agent_proto::{NULL_STREAM_PORT, oci as wire};
 use oci_spec::runtime::{Mount, Spec};
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
-use vmm::{HostEnd, WorkingSet};
+use vmm::{HostEnd, WorkingSet, WorkingSetError};
 
 use super::agent::AgentError;
 use super::guest::{BootError, ConnectError, Guest, Home};
 use super::identity;
 use super::saved::Saved;
 use super::start::sandbox_request;
+use crate::config::TemplateMemory;
 use crate::ids::Id;
+use crate::main_thread::Ended;
 use crate::oci::{self, SpecError};
 use crate::resources::share::{GUEST_SHARE, ROOTFS};
 
@@ -47,9 +50,15 @@ pub enum RehearsalError {
     /// The container's specification.
     #[error("The container cannot be described")]
     Spec(#[from] SpecError),
-    /// The container's files.
-    #[error("The container's files cannot be made")]
+    /// The container's files, or what the kernel says of the guest's memory.
+    #[error("The container's files cannot be made, or its memory cannot be looked at")]
     Files(#[from] io::Error),
+    /// The thread that made the machine is gone.
+    #[error("Nobody can look at the guest's memory")]
+    Thread(#[from] Ended),
+    /// What was written makes no set.
+    #[error("The guest's memory is not what it was")]
+    Set(#[from] WorkingSetError),
     /// The container does not do what it is for.
     #[error("The container has ended with {status} and written {output:?}")]
     Container {
@@ -67,14 +76,29 @@ pub enum RehearsalError {
 }
 
 /// Starts a sandbox from `saved` and a container in it, whose files are left in the home's share, and returns the pages that were asked
-/// for, in their order.
-pub async fn rehearse(home: &Home<'_>, saved: Saved) -> Result<WorkingSet, RehearsalError> {
+/// for, in their order; those that were written to where `memory` is mapped, those until the agent answered first.
+pub async fn rehearse(home: &Home<'_>, saved: Saved, memory: TemplateMemory) -> Result<WorkingSet, RehearsalError> {
     let guest = Guest::restore(home, saved).await?;
-    let done = start(home, &guest).await;
-    let memory = guest.machine().lazy_memory();
+    let recorded = async {
+        let written = || {
+            home.main.run({
+                let machine = Arc::clone(guest.machine());
+                move || machine.written_memory()
+            })
+        };
+        match (memory, guest.machine().lazy_memory()) {
+            (TemplateMemory::Mapped, _) => {
+                let first = written().await??;
+                start(home, &guest).await?;
+                Ok(first.merge(&written().await??)?)
+            }
+            (TemplateMemory::Lazy, Some(memory)) => start(home, &guest).await.map(|()| memory.working_set()),
+            (TemplateMemory::Lazy, None) => Err(RehearsalError::Mapped),
+        }
+    };
+    let recorded = recorded.await;
     guest.stop().await;
-    done?;
-    memory.map(|memory| memory.working_set()).ok_or(RehearsalError::Mapped)
+    recorded
 }
 
 async fn start(home: &Home<'_>, guest: &Guest) -> Result<(), RehearsalError> {

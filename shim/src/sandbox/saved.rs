@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use vmm::config::RestoreMemory;
+use vmm::memory::working_set::{WORKING_SET, WRITTEN_SET};
 use vmm::{Fill, LazyConfig, LazyError, Machine, MachineConfig, RestoreError, WorkingSet};
 
 use crate::bootstrap::with_causes;
@@ -41,9 +42,13 @@ impl Saved {
         Self { directory: template.directory(), memory, _template: Some(template) }
     }
 
-    /// A template that is being made, to see which pages are asked for.
-    pub fn rehearsal(directory: PathBuf) -> Self {
-        Self { directory, memory: Memory::Recorded, _template: None }
+    /// A template that is being made, to see which pages are asked for, or written to where all of them are mapped.
+    pub fn rehearsal(directory: PathBuf, memory: TemplateMemory) -> Self {
+        let memory = match memory {
+            TemplateMemory::Mapped => Memory::Mapped,
+            TemplateMemory::Lazy => Memory::Recorded,
+        };
+        Self { directory, memory, _template: None }
     }
 
     /// Makes the machine. Where the host serves no page faults its memory is mapped, if it is here; `config` makes a
@@ -51,14 +56,17 @@ impl Saved {
     pub fn restore(self, config: impl Fn() -> MachineConfig) -> Result<Machine, RestoreError> {
         let mut first = config();
         let how = match self.memory {
-            Memory::Mapped => RestoreMemory::Mapped,
+            Memory::Mapped => {
+                let written = working_set(&self.directory, WRITTEN_SET, first.memory.size);
+                RestoreMemory::Mapped { written }
+            }
             Memory::Lazy => {
-                let working_set = working_set(&self.directory, first.memory.size);
+                let working_set = working_set(&self.directory, WORKING_SET, first.memory.size);
                 RestoreMemory::Lazy(LazyConfig { working_set, ..LazyConfig::default() })
             }
             Memory::Recorded => RestoreMemory::Lazy(LazyConfig { record: true, ..LazyConfig::default() }),
             Memory::Elsewhere(chunks) => {
-                let working_set = working_set(&self.directory, first.memory.size);
+                let working_set = working_set(&self.directory, WORKING_SET, first.memory.size);
                 first.memory.prealloc = chunks.at_once;
                 let (source, fill) = (Some(Box::new(chunks.source) as _), Fill::All { bytes_per_second: FILL });
                 let lazy = LazyConfig { source, working_set, record: false, fill };
@@ -76,9 +84,9 @@ impl Saved {
 }
 
 /// What is brought ahead; a hint, so one that is missing or cannot be read is none.
-fn working_set(directory: &Path, memory: u64) -> Option<WorkingSet> {
-    WorkingSet::read(directory, memory).unwrap_or_else(|error| {
-        tracing::warn!("The template's memory comes without a working set: {}", with_causes(&error));
+fn working_set(directory: &Path, name: &str, memory: u64) -> Option<WorkingSet> {
+    WorkingSet::read(directory, name, memory).unwrap_or_else(|error| {
+        tracing::warn!("The template's memory comes without its {name}: {}", with_causes(&error));
         None
     })
 }
@@ -118,9 +126,9 @@ mod tests {
     #[test]
     fn a_working_set_that_cannot_be_read_is_none() {
         let directory = tempfile::tempdir().unwrap();
-        assert_eq!(working_set(directory.path(), 1 << 20), None);
-        WorkingSet::new(1 << 20).write(directory.path()).unwrap();
-        assert!(working_set(directory.path(), 1 << 20).is_some());
-        assert_eq!(working_set(directory.path(), 2 << 20), None);
+        assert_eq!(working_set(directory.path(), WORKING_SET, 1 << 20), None);
+        WorkingSet::new(1 << 20).write(directory.path(), WORKING_SET).unwrap();
+        assert!(working_set(directory.path(), WORKING_SET, 1 << 20).is_some());
+        assert_eq!(working_set(directory.path(), WORKING_SET, 2 << 20), None);
     }
 }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use vmm::Machine;
+use vmm::memory::working_set::{WORKING_SET, WRITTEN_SET};
 
 use super::key::Images;
 use super::record::{Files, Record};
@@ -117,23 +118,26 @@ async fn save(name: &Id, config: &Config, draft: &Draft, mark: &str, main: &Main
     let machine = Guest::boot(&home).await?.quieten(mark).await?;
     let directory = draft.path().to_owned();
     main.run(move || snapshot_and_stop(machine, &directory)).await??;
-    if config.factory.memory == TemplateMemory::Lazy {
-        record_working_set(&home, draft).await;
-        clear_rehearsal(&share, name).map_err(file_error("clear", &share))?;
-    }
+    record_working_set(&home, draft).await;
+    clear_rehearsal(&share, name).map_err(file_error("clear", &share))?;
     fs::remove_dir(&share).map_err(file_error("remove", &share))?;
     Ok(())
 }
 
 /// What starts are to have ahead. A template without it is as good, and slower.
 async fn record_working_set(home: &Home<'_>, draft: &Draft) {
-    let recorded = rehearse(home, Saved::rehearsal(draft.path().to_owned())).await;
+    let memory = home.config.factory.memory;
+    let name = match memory {
+        TemplateMemory::Mapped => WRITTEN_SET,
+        TemplateMemory::Lazy => WORKING_SET,
+    };
+    let recorded = rehearse(home, Saved::rehearsal(draft.path().to_owned(), memory), memory).await;
     let written = match &recorded {
-        Ok(set) => set.write(draft.path()).map_err(|error| with_causes(&error)),
+        Ok(set) => set.write(draft.path(), name).map_err(|error| with_causes(&error)),
         Err(error) => Err(with_causes(error)),
     };
     if let Err(why) = written {
-        tracing::warn!("The template has no working set: {why}");
+        tracing::warn!("The template has no {name}: {why}");
     }
 }
 

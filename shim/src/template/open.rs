@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use vmm::WorkingSet;
 use vmm::memory::source::ChunkIndex;
+use vmm::memory::working_set::{WORKING_SET, WRITTEN_SET};
 use vmm::snapshot::{Head, LayersError, MEMORY, VerifyError};
 
 use super::elsewhere::{Elsewhere, read_index};
@@ -18,6 +19,8 @@ use crate::config::Config;
 use crate::file_lock::is_named;
 use crate::ids::Id;
 
+/// What a start asks for first, and what it writes to first.
+pub const SETS: [&str; 2] = [WORKING_SET, WRITTEN_SET];
 /// Unit of `st_blocks` (stat(2)).
 const BLOCK: u64 = 512;
 
@@ -103,7 +106,7 @@ impl Template {
             }
         };
         verified.map_err(|source| TemplateError::Damaged { name: name.clone(), source })?;
-        self.working_set().map(drop)
+        SETS.iter().try_for_each(|set| self.working_set(set).map(drop))
     }
 
     /// The index of the chunks of a memory that is elsewhere.
@@ -129,10 +132,10 @@ impl Template {
         through(&self.directory)
     }
 
-    /// What a start asks for first, where that was recorded.
-    pub fn working_set(&self) -> Result<Option<WorkingSet>, TemplateError> {
+    /// One of the [`SETS`], where it was recorded.
+    pub fn working_set(&self, set: &str) -> Result<Option<WorkingSet>, TemplateError> {
         let name = &self.record.name;
-        WorkingSet::read(&self.directory(), self.record.key.memory())
+        WorkingSet::read(&self.directory(), set, self.record.key.memory())
             .map_err(|source| TemplateError::WorkingSet { name: name.clone(), source })
     }
 

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use vmm::memory::working_set::WORKING_SET;
+use vmm::memory::working_set::{WORKING_SET, WRITTEN_SET};
 use vmm::snapshot::{MANIFEST, MEMORY, STATE};
 
 use super::elsewhere::Elsewhere;
@@ -57,6 +57,9 @@ pub struct Files {
     /// Of the working set, where one was recorded.
     #[serde(default)]
     working_set: Option<Stamp>,
+    /// Of the set of pages that starts write to, likewise.
+    #[serde(default)]
+    written_set: Option<Stamp>,
     manifest_sha256: String,
 }
 
@@ -79,6 +82,7 @@ impl Files {
             index: stamp_if_there(INDEX)?,
             state: stamp(STATE)?,
             working_set: stamp_if_there(WORKING_SET)?,
+            written_set: stamp_if_there(WRITTEN_SET)?,
             manifest_sha256: hex(&Sha256::digest(bytes)),
         })
     }

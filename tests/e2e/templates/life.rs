@@ -41,6 +41,8 @@ fn boots_first_and_restores_from_then_on(scene: &Scene) {
 fn restores_a_sandbox_that_works_as_a_booted_one(scene: &Scene) {
     with_factory(scene, "", "");
     make(scene);
+    let shown = scene.inlay(&["template", "show", NAME]).ok().stdout;
+    assert!(shown.contains("KiB, which a start writes to first"), "{shown}");
     take_starts();
     assert_eq!(scene.run(&["sh", "-c", "exit 7"]).status.code(), Some(7));
     let input = "line\n".repeat(20_000);
@@ -62,7 +64,9 @@ fn restores_a_sandbox_that_works_as_a_booted_one(scene: &Scene) {
     let starts = take_starts();
     assert!(starts.len() >= 2 && starts.iter().all(|start| start.restored), "{starts:?}");
     // The agent of a restored guest finds this shim's log again.
-    assert!(!scene.log().contains("The template is not used"), "{}", scene.log());
+    let log = scene.log();
+    assert!(!log.contains("The template is not used"), "{log}");
+    assert!(log.contains("What the guest will write to is copied"), "{log}");
     remove(scene);
 }
 

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 
 use crate::memory::lazy::LazyConfig;
+use crate::memory::working_set::WorkingSet;
 
 /// The guest's memory.
 #[derive(Debug)]
@@ -38,7 +39,10 @@ pub enum MemoryBacking {
 #[derive(Debug)]
 pub enum RestoreMemory {
     /// A private mapping of the memory file: what no machine writes to is shared by all, in the page cache.
-    Mapped,
+    Mapped {
+        /// Pages that the guest is expected to write to soon, for [`Machine::copy_ahead`](crate::Machine::copy_ahead).
+        written: Option<WorkingSet>,
+    },
     /// Pages that come when they are asked for, into memory of the backing that is asked for.
     Lazy(LazyConfig),
 }

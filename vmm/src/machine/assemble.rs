@@ -28,6 +28,7 @@ use crate::hotplug::Slots;
 use crate::irq;
 use crate::memory::lazy::{LazyError, LazyMemory};
 use crate::memory::source::Source;
+use crate::memory::working_set::WorkingSet;
 use crate::memory::{self, Above, PluggableRegion};
 use crate::observe::TracePoints;
 use crate::vcpu::{Buses, Control, Seat, SpawnError};
@@ -101,6 +102,7 @@ impl Assembly {
             writes,
             base: None,
             template: None,
+            written: None,
         };
         Ok(Self {
             name: config.name,
@@ -129,9 +131,10 @@ impl Assembly {
         self.hardware.base = Some(identity.to_owned());
     }
 
-    /// Memory is a private mapping of what `template` has.
-    pub(super) fn mapped_from(&mut self, template: Box<dyn Source>) {
+    /// Memory is a private mapping of what `template` has, and the guest will write to the pages in `written`.
+    pub(super) fn mapped_from(&mut self, template: Box<dyn Source>, written: Option<WorkingSet>) {
         self.hardware.template = Some(Arc::new(Mutex::new(template)));
+        self.hardware.written = written;
     }
 
     pub(super) fn serial(&self) -> &Serial {

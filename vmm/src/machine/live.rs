@@ -186,7 +186,7 @@ impl Machine {
         Ok(Captured { state, noted, copying })
     }
 
-    fn guest_memory(&self) -> Result<GuestMemory, SnapshotError> {
+    pub(super) fn guest_memory(&self) -> Result<GuestMemory, SnapshotError> {
         let hardware = self.hardware.lock().unwrap_or_else(PoisonError::into_inner);
         hardware.as_ref().map(|hardware| hardware.memory.clone()).ok_or(SnapshotError::Gone)
     }

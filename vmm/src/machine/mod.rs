@@ -1,5 +1,6 @@
-//! A machine's life, one verb to a file: assemble, attach, build, boot, run, pause, peek, plug, snapshot, live (a snapshot of a guest that runs), restore, stop, exit.
+//! A machine's life, one verb to a file: ahead (what is copied before it is needed), assemble, attach, build, boot, run, pause, peek, plug, snapshot, live (a snapshot of a guest that runs), restore, stop, exit.
 
+mod ahead;
 mod assemble;
 mod attach;
 mod boot;
@@ -35,6 +36,7 @@ use crate::event::LoopThread;
 use crate::hotplug::Slots;
 use crate::memory::Above;
 use crate::memory::lazy::{LazyHandle, LazyMemory};
+use crate::memory::working_set::WorkingSet;
 use crate::observe::TracePoints;
 use crate::snapshot::live::Template;
 use crate::vcpu::{Control, VcpuThread};
@@ -92,6 +94,8 @@ struct Hardware {
     kvm: Kvm,
     /// What memory is a private mapping of, where it is that of a snapshot.
     template: Option<Template>,
+    /// Which pages of it the guest is expected to write to.
+    written: Option<WorkingSet>,
     /// What each processor was told about itself.
     cpuid: Vec<Vec<kvm_cpuid_entry2>>,
     /// What was written to memory since the snapshot that is `base`, as far as KVM does not know it.

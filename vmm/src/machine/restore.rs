@@ -16,6 +16,7 @@ use crate::arch::x86_64::layout;
 use crate::config::{MachineConfig, MemoryBacking, MemoryConfig, RestoreMemory};
 use crate::memory::lazy::{LazyConfig, LazyError, LazyMemory};
 use crate::memory::source::{FileSource, LayeredSource, Source};
+use crate::memory::working_set::WorkingSet;
 use crate::memory::{self, MemoryError};
 use crate::snapshot::{CodecError, Head, Layers, LayersError, MachineState, codec, mapping};
 use crate::vcpu::VcpuRestoreError;
@@ -72,7 +73,7 @@ impl Machine {
     /// of machines can be restored at a time and share what none of them writes to. Checked are the state and the
     /// length of the memory file; see [`verify`](crate::snapshot::verify) for the rest.
     pub fn restore(config: MachineConfig, directory: &Path) -> Result<Self, RestoreError> {
-        Self::restore_with(config, directory, RestoreMemory::Mapped)
+        Self::restore_with(config, directory, RestoreMemory::Mapped { written: None })
     }
 
     /// As [`restore`](Self::restore), with memory that comes as `how` says. Memory that comes page by page has the backing that `config` asks
@@ -90,9 +91,10 @@ impl Machine {
         let layers = Layers::open(directory)?;
         let parts = (layers.state(), layers.memory_size(), layers.identity());
         Self::restore_parts(config, parts, |config| match how {
-            RestoreMemory::Mapped => {
+            RestoreMemory::Mapped { written } => {
                 let memory = map_memory(&config.memory, &layers)?;
-                Ok((memory, None, Some(layers_source(config.memory.size, &layers)?)))
+                let mapped = Mapped { template: layers_source(config.memory.size, &layers)?, written };
+                Ok((memory, None, Some(mapped)))
             }
             RestoreMemory::Lazy(lazy) => lazy_memory(config, layers_source(config.memory.size, &layers)?, lazy),
         })
@@ -121,8 +123,8 @@ impl Machine {
         let vcpus = config.vcpus;
         let mut assembly = Assembly::new(config, kvm, memory, &mut cmdline, Some(&state.serial))?;
         assembly.restored_from(identity);
-        if let Some(template) = mapped {
-            assembly.mapped_from(template);
+        if let Some(Mapped { template, written }) = mapped {
+            assembly.mapped_from(template, written);
         }
         lazy.map_or(Ok(()), |lazy| assembly.adopt_lazy(lazy))?;
         let processors = restore_all(&assembly, &state, vcpus).map_err(|error| match assembly.lost_memory() {
@@ -136,7 +138,13 @@ impl Machine {
 }
 
 /// Guest memory, who brings its pages, and what it is a private mapping of.
-type Memory = (GuestMemory, Option<LazyMemory>, Option<Box<dyn Source>>);
+type Memory = (GuestMemory, Option<LazyMemory>, Option<Mapped>);
+
+/// What memory is a private mapping of, and the pages of it that are written to first.
+struct Mapped {
+    template: Box<dyn Source>,
+    written: Option<WorkingSet>,
+}
 
 /// Private mappings of the memory files. Nothing of them is read.
 fn map_memory(config: &MemoryConfig, layers: &Layers) -> Result<GuestMemory, RestoreError> {

@@ -21,8 +21,11 @@ use sha2::{Digest, Sha256};
 use super::PAGE_SIZE;
 use super::lazy::PageSet;
 
-/// Its file, beside the memory file.
+/// The file of the pages that a start asks for, beside the memory file.
 pub const WORKING_SET: &str = "working-set";
+
+/// The file of those that a start writes to.
+pub const WRITTEN_SET: &str = "written-set";
 
 /// The first bytes of the file.
 pub const MAGIC: [u8; 8] = *b"INLAYWS\x01";
@@ -191,9 +194,9 @@ impl WorkingSet {
         }
     }
 
-    /// Reads that of the template in `directory`, which has a memory of `length` bytes; none where there is none yet.
-    pub fn read(directory: &Path, length: u64) -> Result<Option<Self>, WorkingSetError> {
-        let path = directory.join(WORKING_SET);
+    /// Reads the one in the file `name` of the template in `directory`, which has a memory of `length` bytes; none where there is none yet.
+    pub fn read(directory: &Path, name: &str, length: u64) -> Result<Option<Self>, WorkingSetError> {
+        let path = directory.join(name);
         let file = match File::open(&path) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -211,9 +214,9 @@ impl WorkingSet {
         Ok(Some(set))
     }
 
-    /// Writes it into `directory`, in place of the one that is there.
-    pub fn write(&self, directory: &Path) -> Result<(), WorkingSetError> {
-        let (path, new) = (directory.join(WORKING_SET), directory.join(format!("{WORKING_SET}.new")));
+    /// Writes it into the file `name` in `directory`, in place of the one that is there.
+    pub fn write(&self, directory: &Path, name: &str) -> Result<(), WorkingSetError> {
+        let (path, new) = (directory.join(name), directory.join(format!("{name}.new")));
         let bytes = self.encode()?;
         let file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new);
         file.and_then(|mut file| file.write_all(&bytes).and_then(|()| file.sync_all()))
@@ -296,14 +299,14 @@ mod tests {
     fn it_is_read_back_from_its_directory() {
         let directory = tempfile::tempdir().expect("directory");
         let length = 64 * MIB;
-        assert_eq!(WorkingSet::read(directory.path(), length).expect("none yet"), None);
+        assert_eq!(WorkingSet::read(directory.path(), WORKING_SET, length).expect("none yet"), None);
         let written = set(&[(9, 3), (2, 1)]);
-        written.write(directory.path()).expect("write");
-        assert_eq!(WorkingSet::read(directory.path(), length).expect("read"), Some(written));
-        assert!(matches!(WorkingSet::read(directory.path(), MIB), Err(WorkingSetError::Length { .. })));
+        written.write(directory.path(), WORKING_SET).expect("write");
+        assert_eq!(WorkingSet::read(directory.path(), WORKING_SET, length).expect("read"), Some(written));
+        assert!(matches!(WorkingSet::read(directory.path(), WORKING_SET, MIB), Err(WorkingSetError::Length { .. })));
         let path = directory.path().join(WORKING_SET);
         fs::write(&path, vec![0; 3 << 20]).expect("write");
-        assert!(matches!(WorkingSet::read(directory.path(), length), Err(WorkingSetError::Magic)));
+        assert!(matches!(WorkingSet::read(directory.path(), WORKING_SET, length), Err(WorkingSetError::Magic)));
     }
 
     #[test]

@@ -18,6 +18,7 @@ use super::pieces::runs;
 use super::{MEMORY, Manifest, STATE, SnapshotError, hex};
 use crate::memory::PAGE_SIZE;
 use crate::memory::source::{Source, SourceError};
+use crate::memory::working_set::WorkingSet;
 
 type Region = vm_memory::GuestRegionMmap<()>;
 
@@ -231,6 +232,18 @@ impl Existing {
         }
         false
     }
+}
+
+/// The pages of private mappings of files that were written, in their order in memory.
+pub(crate) fn written_pages(memory: &GuestMemory) -> io::Result<WorkingSet> {
+    let written = Existing::written(memory)?;
+    let length = memory.iter().map(GuestMemoryRegion::len).sum();
+    let mut set = WorkingSet::new(length);
+    for page in (0..length / PAGE_SIZE).map(|page| page * PAGE_SIZE).filter(|page| written.has(*page)) {
+        // Past its limit it is left out.
+        set.push(page..page + PAGE_SIZE);
+    }
+    Ok(set)
 }
 
 /// Which pages of an anonymous region exist. Of others, nobody knows what the file has.

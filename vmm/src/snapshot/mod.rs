@@ -32,7 +32,7 @@ pub use state::MachineState;
 use devices::virtio::SaveError;
 
 pub(crate) use draft::Draft;
-pub(crate) use memory::{describe as describe_memory, write as write_memory, write_noted, write_pages};
+pub(crate) use memory::{describe as describe_memory, write as write_memory, write_noted, write_pages, written_pages};
 
 /// The memory file.
 pub const MEMORY: &str = "memory";

@@ -10,7 +10,7 @@ use sha2::{Digest, Sha256};
 use vmm::memory::source::ChunkedSource;
 use vmm::memory::source::index::DEFAULT_CHUNK;
 use vmm::memory::source::pack::pack;
-use vmm::memory::working_set::{self, WORKING_SET};
+use vmm::memory::working_set::{self, WORKING_SET, WRITTEN_SET};
 use vmm::snapshot::{MANIFEST, MEMORY, STATE, codec, manifest, verify_elsewhere};
 
 use super::{CHUNKS, Exported, HEADER, TransferError, chunk_file, copy, create};
@@ -32,9 +32,11 @@ pub fn export(template: &Template, directory: &Path) -> Result<Exported, Transfe
         return Err(TemplateError::Manifest(record.name).into());
     }
     copy(STATE, &from, directory, codec::MAX_LEN)?;
-    let has_working_set = template.working_set()?.is_some();
-    let working_set_sha256 =
-        has_working_set.then(|| copy(WORKING_SET, &from, directory, working_set::MAX_LEN)).transpose()?;
+    let copy_set = |set: &str| match template.working_set(set)? {
+        Some(_) => copy(set, &from, directory, working_set::MAX_LEN).map(Some),
+        None => Ok(None),
+    };
+    let (working_set_sha256, written_set_sha256) = (copy_set(WORKING_SET)?, copy_set(WRITTEN_SET)?);
     let index_sha256 = export_memory(template, directory)?;
     let exported = Exported {
         name: record.name,
@@ -44,6 +46,7 @@ pub fn export(template: &Template, directory: &Path) -> Result<Exported, Transfe
         images: record.images,
         manifest_sha256,
         working_set_sha256,
+        written_set_sha256,
         index_sha256,
     };
     // The last one: without it there is no exported template.
@@ -105,7 +108,7 @@ impl Drop for Target {
         if self.is_kept {
             return;
         }
-        for name in [MANIFEST, STATE, WORKING_SET, CHUNKS, INDEX, FILE] {
+        for name in [MANIFEST, STATE, WORKING_SET, WRITTEN_SET, CHUNKS, INDEX, FILE] {
             let _ = fs::remove_file(self.path.join(name));
         }
         if self.is_new {

@@ -7,7 +7,7 @@ use sha2::{Digest, Sha256};
 use vmm::memory::source::index::{self, DEFAULT_CHUNK, Sum};
 use vmm::memory::source::pack::unpack;
 use vmm::memory::source::{Address, ChunkedSource};
-use vmm::memory::working_set::{self, WORKING_SET};
+use vmm::memory::working_set::{self, WORKING_SET, WRITTEN_SET};
 use vmm::snapshot::{MANIFEST, MEMORY, STATE, codec, manifest};
 
 use super::{Exported, TransferError, chunk_file, copy, create};
@@ -57,8 +57,10 @@ pub fn import(
     copy_same(MANIFEST, directory, to, manifest::MAX_LEN, &exported.manifest_sha256)?;
     // The manifest has its checksum.
     copy(STATE, directory, to, codec::MAX_LEN)?;
-    if let Some(expected) = &exported.working_set_sha256 {
-        copy_same(WORKING_SET, directory, to, working_set::MAX_LEN, expected)?;
+    for (set, sha256) in [(WORKING_SET, &exported.working_set_sha256), (WRITTEN_SET, &exported.written_set_sha256)] {
+        if let Some(expected) = sha256 {
+            copy_same(set, directory, to, working_set::MAX_LEN, expected)?;
+        }
     }
     let elsewhere = match server {
         None => {

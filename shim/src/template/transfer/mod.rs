@@ -96,6 +96,7 @@ pub struct Exported {
     /// SHA-256 of each file beside this one, in hexadecimal. State and chunks have theirs in the manifest and in the index.
     manifest_sha256: String,
     working_set_sha256: Option<String>,
+    written_set_sha256: Option<String>,
     index_sha256: String,
 }
 

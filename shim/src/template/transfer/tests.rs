@@ -10,7 +10,7 @@ use seccomp::Confinement;
 use tempfile::TempDir;
 use vmm::WorkingSet;
 use vmm::memory::source::{Address, ChunkServer, Listener, Source};
-use vmm::memory::working_set::WORKING_SET;
+use vmm::memory::working_set::{WORKING_SET, WRITTEN_SET};
 use vmm::snapshot::manifest::{FORMAT, Manifest, MemoryFile, StateFile};
 use vmm::snapshot::{MANIFEST, MEMORY, STATE};
 use vmm_sys_util::eventfd::EventFd;
@@ -77,7 +77,9 @@ impl Node {
         fs::write(draft.path().join(MANIFEST), serde_json::to_vec(&manifest).unwrap()).unwrap();
         let mut set = WorkingSet::new(LENGTH);
         assert!(set.push(0x20_0000..0x20_4000));
-        set.write(draft.path()).unwrap();
+        set.write(draft.path(), WORKING_SET).unwrap();
+        assert!(set.push(0x30_0000..0x30_2000));
+        set.write(draft.path(), WRITTEN_SET).unwrap();
         let (key, images) = (Key::of(&self.config, name), Images::read(&self.config).unwrap());
         let files = Files::look(draft.path()).unwrap();
         let record = Record { name: name.clone(), made: 7, mark: "mark".into(), key, images, files, elsewhere: None };
@@ -156,19 +158,21 @@ fn a_template_is_the_same_on_another_node() {
     template.check(&node.config).unwrap();
     template.verify().unwrap();
     assert!(fs::read(template.directory().join(MEMORY)).unwrap() == memory());
-    assert!(template.working_set().unwrap().is_some_and(|set| set.bytes() == 0x4000));
+    let bytes = |set| template.working_set(set).unwrap().map(|set| set.bytes());
+    assert_eq!((bytes(WORKING_SET), bytes(WRITTEN_SET)), (Some(0x4000), Some(0x6000)));
     let mut names: Vec<_> =
         fs::read_dir(template.directory()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     names.sort();
-    assert_eq!(names, [MANIFEST, MEMORY, STATE, FILE, WORKING_SET]);
+    assert_eq!(names, [MANIFEST, MEMORY, STATE, FILE, WORKING_SET, WRITTEN_SET]);
     // It takes the place of one of that name, and what was exported stays.
     assert_eq!(maker.import("made", &directory, None).unwrap().record().mark, "mark");
     // Without a working set as well.
     let template = Template::open(&maker.store, &Id::try_from("made").unwrap()).unwrap();
     fs::remove_file(template.directory().join(WORKING_SET)).unwrap();
+    fs::remove_file(template.directory().join(WRITTEN_SET)).unwrap();
     let bare = directory.with_file_name("bare");
     export(&Template::open(&maker.store, &Id::try_from("made").unwrap()).unwrap(), &bare).unwrap();
-    assert_eq!(node.import("bare", &bare, None).unwrap().working_set().unwrap(), None);
+    assert_eq!(node.import("bare", &bare, None).unwrap().working_set(WORKING_SET).unwrap(), None);
 }
 
 #[test]
