@@ -241,7 +241,7 @@ fn a_memory_stays_elsewhere_and_is_needed_once() {
     // What is copied to the node has no chunks.
     let copied = directory.with_file_name("copied");
     fs::create_dir(&copied).unwrap();
-    for name in [FILE, MANIFEST, STATE, WORKING_SET, INDEX] {
+    for name in [FILE, MANIFEST, STATE, WORKING_SET, WRITTEN_SET, INDEX] {
         fs::copy(directory.join(name), copied.join(name)).unwrap();
     }
     let mut node = Node::new();
