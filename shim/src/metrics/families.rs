@@ -148,6 +148,13 @@ const SANDBOXES: &[Family<Figures>] = &[
         },
     },
     Family {
+        name: "inlay_memory_copied_ahead",
+        unit: "bytes",
+        kind: MetricType::Gauge,
+        help: "Memory of a mapped template that was copied before the guest wrote to it",
+        samples: |figures| one(figures.copied_ahead),
+    },
+    Family {
         name: "inlay_memory_lazy",
         unit: "",
         kind: MetricType::Gauge,
@@ -293,6 +300,7 @@ mod tests {
             start: StartTimes { restored: true, t0: 1_000_000_000, t4: Some(1_250_000_000), ..StartTimes::default() },
             guest_memory: 256 << 20,
             process: Some(ProcessMemory { private: 4096, shared: 8192 }),
+            copied_ahead: 12_288,
             lazy: Some(LazyFigures {
                 faults: 3,
                 fault_nanoseconds: 500_000_000,
@@ -330,6 +338,7 @@ mod tests {
             "inlay_memory_faults_total{sandbox=\"a\"} 3",
             "inlay_memory_fault_seconds_total{sandbox=\"a\"} 0.5",
             "inlay_memory_working_set_hit_ratio{sandbox=\"a\"} 0.75",
+            "inlay_memory_copied_ahead_bytes{sandbox=\"a\"} 12288",
             "inlay_memory_lazy{sandbox=\"b\"} 0",
             "# EOF",
         ] {

@@ -46,6 +46,8 @@ pub struct Figures {
     pub guest_memory: u64,
     /// What its process takes; `None` where the host does not tell.
     pub process: Option<ProcessMemory>,
+    /// Bytes of a mapped template that were copied before the guest wrote to them.
+    pub copied_ahead: u64,
     /// How the guest's memory came, where it comes page by page.
     pub lazy: Option<LazyFigures>,
 }

@@ -81,6 +81,7 @@ impl Sandbox {
             start: *lock(&self.times),
             guest_memory: self.config.hypervisor.memory_mib << 20,
             process: None,
+            copied_ahead: self.guest().map_or(0, |guest| guest.machine().copied_ahead()),
             lazy: self.lazy_figures(),
         }
     }

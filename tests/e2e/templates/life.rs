@@ -10,6 +10,8 @@ use nix::mount::{MsFlags, mount, umount};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use crate::metrics::{metrics, value_of};
+
 use super::{NAME, make, mark, mark_seen_inside, remove, take_starts, wait_for_another, with_factory};
 
 crate::for_inlay!(
@@ -56,6 +58,10 @@ fn restores_a_sandbox_that_works_as_a_booted_one(scene: &Scene) {
     let id = scene.start(&["sleep", "1000"]);
     assert_eq!(scene.exec(&id, &["echo", "well"]).ok().stdout, "well\n");
     assert_eq!(scene.exec(&id, &["hostname"]).ok().stdout.trim(), id);
+    // A container's start was recorded when the template was made.
+    scene.wait_for("what the guest writes to", || {
+        value_of(&metrics(scene), "inlay_memory_copied_ahead_bytes", &id, "") > f64::from(1 << 20)
+    });
     scene.ctr(&["task", "pause", &id]).ok();
     assert!(scene.state_of(&id).contains("PAUSED"));
     scene.ctr(&["task", "resume", &id]).ok();
@@ -64,9 +70,7 @@ fn restores_a_sandbox_that_works_as_a_booted_one(scene: &Scene) {
     let starts = take_starts();
     assert!(starts.len() >= 2 && starts.iter().all(|start| start.restored), "{starts:?}");
     // The agent of a restored guest finds this shim's log again.
-    let log = scene.log();
-    assert!(!log.contains("The template is not used"), "{log}");
-    assert!(log.contains("What the guest will write to is copied"), "{log}");
+    assert!(!scene.log().contains("The template is not used"), "{}", scene.log());
     remove(scene);
 }
 

@@ -6,6 +6,7 @@
 
 use std::io;
 use std::sync::PoisonError;
+use std::sync::atomic::Ordering;
 
 use vm_memory::{GuestMemory as _, GuestMemoryRegion, MemoryRegionAddress};
 
@@ -22,8 +23,8 @@ impl Machine {
         written_pages(&self.guest_memory().map_err(io::Error::other)?)
     }
 
-    /// Copies the pages that the guest is expected to write to, in their order, and returns how many bytes that were. It
-    /// may be called at any time, also while the guest runs; the machine's own threads do not wait for it. Once is enough.
+    /// Copies the pages that the guest is expected to write to, in their order, and returns how many bytes that were; none
+    /// the second time. It may be called at any time, also while the guest runs; the machine's own threads do not wait for it.
     ///
     /// Fails where the host's kernel cannot do it (`MADV_POPULATE_WRITE`, Linux 5.14): the guest does not see that.
     pub fn copy_ahead(&self) -> io::Result<u64> {
@@ -34,12 +35,16 @@ impl Machine {
             let Some(written) = hardware.written.take() else { return Ok(0) };
             (hardware.memory.clone(), written)
         };
-        let mut copied = 0;
         for range in written.ranges() {
             populate(&memory, range.start, range.end)?;
-            copied += range.end - range.start;
+            self.copied_ahead.fetch_add(range.end - range.start, Ordering::Relaxed);
         }
-        Ok(copied)
+        Ok(written.bytes())
+    }
+
+    /// How many bytes [`copy_ahead`](Self::copy_ahead) has copied so far.
+    pub fn copied_ahead(&self) -> u64 {
+        self.copied_ahead.load(Ordering::Relaxed)
     }
 }
 

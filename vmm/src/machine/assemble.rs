@@ -1,6 +1,7 @@
 //! The virtual machine and its devices, for a guest that boots as for one that goes on.
 
 use std::io;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};
 
 use kvm_bindings::kvm_cpuid_entry2;
@@ -223,6 +224,7 @@ impl Assembly {
             loops,
             lazy,
             live,
+            copied_ahead: AtomicU64::new(0),
             hardware,
         })
     }

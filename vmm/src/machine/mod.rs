@@ -18,6 +18,7 @@ mod stop;
 use std::fmt;
 use std::io;
 use std::path::Path;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};
 
 use kvm_bindings::kvm_cpuid_entry2;
@@ -79,6 +80,8 @@ pub struct Machine {
     /// What brings memory page by page, where that is how it comes.
     lazy: Option<LazyMemory>,
     live: Arc<Live>,
+    /// Bytes.
+    copied_ahead: AtomicU64,
     /// Gone when the machine was stopped.
     hardware: Mutex<Option<Hardware>>,
 }
