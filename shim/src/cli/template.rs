@@ -226,8 +226,12 @@ fn show(store: &Store, name: &Id, config: &Config) -> Result<(), Box<dyn Error>>
     if let Some(elsewhere) = &record.elsewhere {
         println!("chunks     {}, by the index {}", elsewhere.chunks, elsewhere.index_sha256);
     }
-    for (set, what) in [(WORKING_SET, "asks for first"), (WRITTEN_SET, "writes to first")] {
-        if let Some(set) = template.working_set(set)? {
+    let (asked, written) = (template.working_set(WORKING_SET)?, template.working_set(WRITTEN_SET)?);
+    if asked.is_none() && written.is_none() {
+        println!("ahead      nothing: no start was recorded");
+    }
+    for (set, what) in [(asked, "asks for first"), (written, "writes to first")] {
+        if let Some(set) = set {
             println!("ahead      {} KiB, which a start {what}", set.bytes() >> 10);
         }
     }
