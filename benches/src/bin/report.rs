@@ -25,8 +25,6 @@ fn main() -> Result<()> {
 
     let natively = |name: &str| output(&mut Command::new(program(name)));
     page.measure("VMM start-up, native KVM", || natively("startup"))?;
-    page.measure("Restored machines, native KVM", || natively("restore"))?;
-    page.measure("Memory that comes by mapping or page by page, native KVM", || natively("lazy"))?;
 
     if page.wanted.is_empty() {
         eprintln!("What follows takes three hours where the host is emulated");
@@ -38,17 +36,16 @@ fn main() -> Result<()> {
     };
     let containers = |arguments: &[&str]| on_a_host("containers", arguments);
     page.measure(&format!("Containers, {place}"), || containers(&["runs"]))?;
-    page.measure(&format!("Where their guests come from, {place}"), || containers(&["backends"]))?;
     page.measure(&format!("A container that does nothing, {place}"), || containers(&["idle"]))?;
     page.measure(&format!("Devices of `inlay vm` with a Linux guest, {place}"), || on_a_host("machines", &[]))?;
-    // One round says little: a hundred have taken from 150 to 350 s on the same machine.
-    let together = || containers(&["together", "--rounds", "3"]);
-    page.measure(&format!("Many containers at once, {place}"), together)?;
-    // None of a thousand may fail.
-    let again = || containers(&["together", "--rounds", "10", "--only", "restored", "100"]);
-    page.measure(&format!("A hundred at once, again and again, {place}"), again)?;
-    let more = || containers(&["together", "--rounds", "1", "--only", "restored", "200"]);
-    page.measure(&format!("Two hundred at once, {place}"), more)?;
+    page.measure("Templates: restored machines, native KVM", || natively("restore"))?;
+    page.measure("Templates: memory that comes by mapping or page by page, native KVM", || natively("lazy"))?;
+    page.measure(&format!("Templates: where guests come from, {place}"), || containers(&["backends"]))?;
+    // None of a thousand may fail, and one round says little: a hundred have taken from 130 to 350 s on the same machine.
+    let together = || containers(&["together", "--runc", "3", "--booted", "2", "--restored", "10", "1", "10", "100"]);
+    page.measure(&format!("Templates: many at once, {place}"), together)?;
+    let more = || containers(&["together", "--runc", "1", "--booted", "0", "--restored", "1", "200"]);
+    page.measure(&format!("Templates: two hundred at once, {place}"), more)?;
     ensure!(page.measured > 0, "No section's title has any of {:?}", page.wanted);
     print!("{}", page.text());
     Ok(())

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use benches::table::{markdown, median, milliseconds};
-use clap::{Args, ValueEnum};
+use clap::Args;
 use inlay_tests::harness::trace::Start;
 use inlay_tests::harness::{HostState, Parts, Runtime, configure, containerd, unique};
 use inlay_tests::images;
@@ -20,20 +20,18 @@ const REMOVED_AT_ONCE: usize = 10;
 const TEMPLATE: &str = "default";
 
 /// Where the guest comes from.
-#[derive(Clone, Copy, PartialEq, ValueEnum)]
+#[derive(Clone, Copy, PartialEq)]
 enum Kind {
     Runc,
-    Cold,
+    Booted,
     Restored,
 }
 
 impl Kind {
-    const ALL: [Self; 3] = [Self::Runc, Self::Cold, Self::Restored];
-
     fn name(self) -> &'static str {
         match self {
             Self::Runc => "runc",
-            Self::Cold => "Inlay, booted",
+            Self::Booted => "Inlay, booted",
             Self::Restored => "Inlay, restored",
         }
     }
@@ -52,47 +50,52 @@ struct Figures {
     failed: usize,
 }
 
-/// How many of what.
+/// How many of what. Kinds take turns, round by round, until each has had its rounds.
 #[derive(Args)]
 pub struct Order {
+    /// Rounds of runc; 0 leaves it out, as it does with the others.
     #[arg(long, default_value = "3")]
-    rounds: NonZeroUsize,
-    /// Only these; once for each.
-    #[arg(long = "only", value_name = "KIND")]
-    kinds: Vec<Kind>,
+    runc: usize,
+    /// Rounds of sandboxes that boot.
+    #[arg(long, default_value = "3")]
+    booted: usize,
+    /// Rounds of sandboxes that are restored.
+    #[arg(long, default_value = "3")]
+    restored: usize,
     /// How many at once; one after the other, where there are several.
     #[arg(default_values = ["1", "10", "100"])]
     counts: Vec<NonZeroUsize>,
 }
 
-/// Measures and prints, round by round in turns. Fails if a start has failed.
+/// Measures and prints. Fails if a start has failed.
 pub fn run(order: Order) -> Result<()> {
-    let Order { rounds, counts, kinds } = order;
-    let kinds = if kinds.is_empty() { Kind::ALL.to_vec() } else { kinds };
+    let kinds = [(Kind::Runc, order.runc), (Kind::Booted, order.booted), (Kind::Restored, order.restored)];
+    let kinds: Vec<_> = kinds.into_iter().filter(|(_, rounds)| *rounds > 0).collect();
+    let most = kinds.iter().map(|(_, rounds)| *rounds).max().context("No rounds are asked for")?;
     let parts = Parts::find();
     // Once each, uncounted.
-    for kind in &kinds {
+    for (kind, _) in &kinds {
         prepare(&parts, *kind)?;
         crate::run(kind.runtime())?;
     }
     let mut rows = vec![head()];
     let mut failed = 0;
-    for count in counts {
-        let mut all: Vec<_> = kinds.iter().map(|kind| (*kind, Figures::default())).collect();
-        for _ in 0..rounds.get() {
-            for (kind, figures) in &mut all {
+    for count in order.counts {
+        let mut all: Vec<_> = kinds.iter().map(|(kind, rounds)| (*kind, *rounds, Figures::default())).collect();
+        for number in 0..most {
+            for (kind, _, figures) in all.iter_mut().filter(|(_, rounds, _)| number < *rounds) {
                 prepare(&parts, *kind)?;
                 round(*kind, count.get(), figures)?;
             }
         }
-        let anchor = all.iter().find(|(kind, _)| *kind == Kind::Runc);
-        let anchor = anchor.map(|(_, figures)| median(figures.walls.iter().copied()));
-        rows.extend(all.iter().map(|(kind, figures)| row(*kind, count.get(), figures, anchor)));
-        failed += all.iter().map(|(_, figures)| figures.failed).sum::<usize>();
+        let anchor = all.iter().find(|(kind, ..)| *kind == Kind::Runc);
+        let anchor = anchor.map(|(.., figures)| median(figures.walls.iter().copied()));
+        rows.extend(all.iter().map(|(kind, _, figures)| row(*kind, count.get(), figures, anchor)));
+        failed += all.iter().map(|(.., figures)| figures.failed).sum::<usize>();
     }
-    println!("### So many `ctr run --detach` at once, medians of {rounds} rounds in turns\n");
+    println!("### So many `ctr run --detach` at once, medians of rounds in turns\n");
     println!("{}", markdown(&rows));
-    if kinds.contains(&Kind::Restored) {
+    if order.restored > 0 {
         inlay(&parts, &["template", "remove", TEMPLATE])?;
     }
     ensure!(failed == 0, "{failed} starts have failed");
@@ -167,9 +170,22 @@ fn log_of(id: &str) -> Result<String> {
 }
 
 fn head() -> Vec<String> {
-    ["at once", "", "failed", "all started", "least", "most", "over runc", "turn→T4", "T0→T4", "T0→T6", "all removed"]
-        .map(String::from)
-        .to_vec()
+    [
+        "at once",
+        "",
+        "rounds",
+        "failed",
+        "all started",
+        "least",
+        "most",
+        "over runc",
+        "turn→T4",
+        "T0→T4",
+        "T0→T6",
+        "all removed",
+    ]
+    .map(String::from)
+    .to_vec()
 }
 
 fn row(kind: Kind, count: usize, figures: &Figures, anchor: Option<Duration>) -> Vec<String> {
@@ -181,6 +197,7 @@ fn row(kind: Kind, count: usize, figures: &Figures, anchor: Option<Duration>) ->
     vec![
         count.to_string(),
         kind.name().to_owned(),
+        figures.walls.len().to_string(),
         figures.failed.to_string(),
         milliseconds(middle),
         milliseconds(figures.walls.iter().min().copied().unwrap_or_default()),
