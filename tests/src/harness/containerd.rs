@@ -14,6 +14,8 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use super::stuck;
+
 /// Where tests keep their containerd and all that belongs to it: in memory, as `/run` is.
 pub const HOME: &str = "/run/inlay-tests";
 
@@ -243,20 +245,22 @@ fn finish(mut command: Command, input: Vec<u8>, limit: Duration) -> Result<Outpu
         // A reader that leaves early is the reader's business.
         let _ = stdin.as_mut().map(|stdin| stdin.write_all(&input));
     });
-    let mut over = false;
+    let mut stuck = None;
     let status = loop {
         if let Some(status) = child.try_wait()? {
             break status;
         }
-        if started.elapsed() > limit && !over {
-            over = true;
+        if started.elapsed() > limit && stuck.is_none() {
+            stuck = Some(stuck::threads());
             child.kill()?;
         }
         thread::sleep(Duration::from_millis(10));
     };
     let text = |bytes: thread::Result<Vec<u8>>| String::from_utf8_lossy(&bytes.unwrap_or_default()).into_owned();
     let (stdout, stderr) = (text(stdout.join()), text(stderr.join()));
-    ensure!(!over, "Not ended after {} s; stdout: {stdout}\nstderr: {stderr}", limit.as_secs());
+    if let Some(stuck) = stuck {
+        bail!("Not ended after {} s; stdout: {stdout}\nstderr: {stderr}\nthreads:\n{stuck}", limit.as_secs());
+    }
     Ok(Output { status, stdout, stderr, wall: started.elapsed() })
 }
 

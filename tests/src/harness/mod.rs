@@ -8,6 +8,7 @@ mod processes;
 mod scene;
 pub mod standalone;
 mod state;
+mod stuck;
 mod terminal;
 pub mod trace;
 
