@@ -75,26 +75,50 @@ extern "C" fn handle(_: libc::c_int, info: *const Info, context: *const libc::uc
     // SAFETY: the kernel passes a siginfo_t and a ucontext_t, as SA_SIGINFO asks for; for a signal that seccomp sent,
     // which the code tells, the former has the fields of `Info`.
     let (info, registers) = unsafe { (&*info, &(*context).uc_mcontext.gregs) };
+    let call = usize::try_from(info.syscall).ok().and_then(Sysno::new);
+    let arguments = ARGUMENTS.map(|register| {
+        let value = usize::try_from(register).ok().and_then(|register| registers.get(register)).copied();
+        value.unwrap_or_default().cast_unsigned()
+    });
     let mut line = Line::default();
     line.text("seccomp: the thread role ");
     line.text(ROLE.get());
-    line.text(" may not call ");
-    let call = usize::try_from(info.syscall).ok().and_then(Sysno::new);
-    line.text(if info.code == SYS_SECCOMP {
-        call.map_or("an unknown system call", |call| call.name())
-    } else {
-        "(sent by kill)"
-    });
-    line.text("(");
-    for (index, register) in ARGUMENTS.into_iter().enumerate() {
-        line.text(if index == 0 { "0x" } else { ", 0x" });
-        let value = usize::try_from(register).ok().and_then(|register| registers.get(register)).copied();
-        line.hex(value.unwrap_or_default().cast_unsigned());
-    }
-    line.text(", ...); the process ends\n");
+    let code = match fault(call, arguments) {
+        Some((signal, name)) => {
+            line.text(" has met ");
+            line.text(name);
+            128 + signal
+        }
+        None => {
+            line.text(" may not call ");
+            line.text(if info.code == SYS_SECCOMP {
+                call.map_or("an unknown system call", |call| call.name())
+            } else {
+                "(sent by kill)"
+            });
+            for (index, argument) in arguments.into_iter().enumerate() {
+                line.text(if index == 0 { "(0x" } else { ", 0x" });
+                line.hex(argument);
+            }
+            line.text(", ...)");
+            EXIT_CODE
+        }
+    };
+    line.text("; the process ends\n");
     line.write();
     // SAFETY: ends the process without running anything of it.
-    unsafe { libc::_exit(EXIT_CODE) }
+    unsafe { libc::_exit(code) }
+}
+
+/// The signal that Rust's handler of memory faults was called for, if this is it: it puts the default action back, and the
+/// fault that happens again would end the process without a word about whose it was.
+fn fault(call: Option<Sysno>, [signal, ..]: [u64; 3]) -> Option<(i32, &'static str)> {
+    let faults = [
+        (libc::SIGSEGV, "SIGSEGV: it has used memory that it does not have"),
+        (libc::SIGBUS, "SIGBUS: it has used memory of a file that has none there"),
+    ];
+    let is_restored = call == Some(Sysno::rt_sigaction);
+    faults.into_iter().find(|(number, _)| is_restored && u64::from(number.cast_unsigned()) == signal)
 }
 
 /// A line that is put together without memory of the heap. What does not fit is cut.

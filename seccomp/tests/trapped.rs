@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::process::{Command, Output};
+use std::ptr;
 
 use seccomp::{
     Confinement, EXIT_CODE, Post, Role, confine_helper, confine_machine, confine_process, drop_capabilities,
@@ -13,6 +14,8 @@ use seccomp::{
 };
 
 const CASE: &str = "SECCOMP_TEST_CASE";
+/// Memory of nobody else, of no file.
+const LIKE_A_HEAP: libc::c_int = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
 
 /// Runs `body` in a thread of `role` in a child process.
 fn in_child(test: &str, body: impl FnOnce()) -> Option<Output> {
@@ -116,6 +119,23 @@ fn a_machines_process_moves_files_to_other_directories() {
         std::fs::remove_file(dir.path().join("to/moved")).expect("it is there");
     };
     goes_on(in_child("a_machines_process_moves_files_to_other_directories", body));
+}
+
+#[test]
+fn a_thread_that_uses_memory_which_is_not_there_is_named() {
+    let test = "a_thread_that_uses_memory_which_is_not_there_is_named";
+    let body = || {
+        in_role(Role::Io, || {
+            // SAFETY: the kernel chooses the place; nothing else is there, and nobody may touch it.
+            let nothing = unsafe { libc::mmap(ptr::null_mut(), 4096, libc::PROT_NONE, LIKE_A_HEAP, -1, 0) };
+            // SAFETY: none: it ends the process, which is what this test is about.
+            unsafe { nothing.cast::<u8>().write_volatile(1) };
+        });
+    };
+    let Some(output) = in_child(test, body) else { return };
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(128 + libc::SIGSEGV), "{output:?}");
+    assert!(told.contains("seccomp: the thread role io has met SIGSEGV"), "{told}");
 }
 
 #[test]
