@@ -12,7 +12,7 @@ use vm_memory::{GuestMemory as _, GuestMemoryRegion, MemoryRegionAddress};
 
 use devices::GuestMemory;
 
-use super::Machine;
+use super::{Machine, RunState};
 use crate::memory::working_set::WorkingSet;
 use crate::snapshot::written_pages;
 
@@ -24,7 +24,8 @@ impl Machine {
     }
 
     /// Copies the pages that the guest is expected to write to, in their order, and returns how many bytes that were; none
-    /// the second time. It may be called at any time, also while the guest runs; the machine's own threads do not wait for it.
+    /// the second time. It may be called at any time, also while the guest runs; the machine's own threads do not wait for it,
+    /// and when the machine ends it leaves the rest.
     ///
     /// Fails where the host's kernel cannot do it (`MADV_POPULATE_WRITE`, Linux 5.14): the guest does not see that.
     pub fn copy_ahead(&self) -> io::Result<u64> {
@@ -35,11 +36,16 @@ impl Machine {
             let Some(written) = hardware.written.take() else { return Ok(0) };
             (hardware.memory.clone(), written)
         };
+        let mut copied = 0;
         for range in written.ranges() {
+            if self.state() == RunState::Ended {
+                break;
+            }
             populate(&memory, range.start, range.end)?;
-            self.copied_ahead.fetch_add(range.end - range.start, Ordering::Relaxed);
+            copied += range.end - range.start;
+            self.copied_ahead.store(copied, Ordering::Relaxed);
         }
-        Ok(written.bytes())
+        Ok(copied)
     }
 
     /// How many bytes [`copy_ahead`](Self::copy_ahead) has copied so far.
