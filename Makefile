@@ -39,7 +39,7 @@ place:
 	    esac; \
 	done
 
-guest: setup ## Build the guest's kernel and initrds (cached by content)
+guest: setup ## Build the guest's kernel, initrds and image (cached by content)
 	guest/kernel/build --out $(GUEST)
 	guest/kernel/check-cuts $(GUEST)/kernel-config
 	guest/tools/build --out $(GUEST)
@@ -50,11 +50,13 @@ guest: setup ## Build the guest's kernel and initrds (cached by content)
 	        --file init=guest/tools/init --file fio=$(GUEST)/fio --file socat=$(GUEST)/socat \
 	        --cache $(CACHE)/packages --out $(GUEST)/inlay-$$flavour.initrd; \
 	done
+	target/release/inlay-image --form image --manifest guest/image/manifests/minimal.toml --file agent=$(AGENT) \
+	    --cache $(CACHE)/packages --out $(GUEST)/inlay-minimal.img
 
 install: build guest ## Install inlay, its shim name and the guest below PREFIX (default /usr/local)
 	install -D -m 755 $(INLAY) $(DESTDIR)$(PREFIX)/bin/inlay
 	ln -sf inlay $(DESTDIR)$(PREFIX)/bin/containerd-shim-inlay-v2
-	install -D -m 644 -t $(DESTDIR)/usr/share/inlay $(GUEST)/vmlinux $(GUEST)/inlay-minimal.initrd $(GUEST)/inlay-full.initrd
+	install -D -m 644 -t $(DESTDIR)/usr/share/inlay $(GUEST)/vmlinux $(GUEST)/inlay-minimal.initrd $(GUEST)/inlay-full.initrd $(GUEST)/inlay-minimal.img
 	test -e $(DESTDIR)/etc/inlay/configuration.toml || \
 	    install -D -m 644 deploy/configuration.toml $(DESTDIR)/etc/inlay/configuration.toml
 

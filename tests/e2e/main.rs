@@ -42,6 +42,7 @@ mod faults;
 mod files;
 mod guest;
 mod host;
+mod image;
 mod machine;
 mod metrics;
 mod privileges;

@@ -1,4 +1,4 @@
-//! `inlay-image`: builds the guest's initrd from a manifest.
+//! `inlay-image`: builds the guest's initrd, or an image to boot from, from a manifest.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -6,14 +6,14 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use guest_image::manifest::{Compression, Manifest};
 use guest_image::pool::Pool;
 use guest_image::tree::{Node, Tree};
-use guest_image::{archive, libraries};
+use guest_image::{archive, disk, libraries};
 use indicatif::{ProgressBar, ProgressStyle};
 
-/// Builds the guest's initrd from a manifest.
+/// Builds the guest's initrd, or an image to boot from, from a manifest.
 ///
 /// Packages come from Debian's mirrors, are unpacked in the cache and never installed. The same
 /// packages and files always give the same bytes.
@@ -26,7 +26,10 @@ struct Args {
     /// A file that the manifest has by this name, such as `agent=target/inlay-agent`.
     #[arg(long = "file", value_name = "NAME=PATH", value_parser = given)]
     files: Vec<(String, PathBuf)>,
-    /// Where to write the initrd.
+    /// What to write.
+    #[arg(long, value_enum, default_value = "initrd")]
+    form: Form,
+    /// Where to write it.
     #[arg(long)]
     out: PathBuf,
     /// Where packages are kept between runs.
@@ -37,20 +40,37 @@ struct Args {
     compare: bool,
 }
 
+/// How the guest gets its root.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Form {
+    /// A compressed archive, which the kernel unpacks into memory.
+    Initrd,
+    /// A file system for a drive, read-only: EROFS.
+    Image,
+}
+
 fn main() -> Result<()> {
     let args = Args::parse();
     let manifest = Manifest::load(&args.manifest)?;
-    let tree = collect(&manifest, &args)?;
+    let mut tree = collect(&manifest, &args)?;
 
     if args.compare {
         return compare(&tree);
     }
-    let initrd = archive::build(&tree, manifest.compression)?;
     let scratch = args.out.with_extension("tmp");
-    fs::write(&scratch, &initrd).with_context(|| format!("Cannot write {}", scratch.display()))?;
+    match args.form {
+        Form::Initrd => {
+            let initrd = archive::build(&tree, manifest.compression)?;
+            fs::write(&scratch, initrd).with_context(|| format!("Cannot write {}", scratch.display()))?;
+        }
+        Form::Image => {
+            disk::adapt(&mut tree)?;
+            disk::build(&tree, &scratch)?;
+        }
+    }
     fs::rename(&scratch, &args.out)?;
     print_sizes(&tree);
-    println!("{}: {} bytes ({:?})", args.out.display(), initrd.len(), manifest.compression);
+    println!("{}: {} bytes", args.out.display(), fs::metadata(&args.out)?.len());
     Ok(())
 }
 

@@ -160,7 +160,7 @@ fn configuration(path: Option<&Path>) -> Vec<Finding> {
     let mut findings = vec![good("configuration", text)];
     findings.extend(notices.iter().map(|notice| note("configuration", notice.to_string())));
     findings.push(artefact("kernel", &config.hypervisor.kernel));
-    findings.push(artefact("initrd", &config.hypervisor.initrd));
+    findings.push(artefact(config.hypervisor.root.name(), config.hypervisor.root.path()));
     findings.push(templates(&config, path));
     findings.extend(more_memory(&config));
     findings

@@ -235,7 +235,7 @@ fn show(store: &Store, name: &Id, config: &Config) -> Result<(), Box<dyn Error>>
             println!("ahead      {} KiB, which a start {what}", set.bytes() >> 10);
         }
     }
-    println!("kernel     {}\ninitrd     {}", images[0], images[1]);
+    println!("kernel     {}\nroot       {}", images[0], images[1]);
     println!("machine    {}", serde_json::to_string(&record.key)?);
     match template.check(config) {
         Ok(()) => println!("fits       yes"),

@@ -4,6 +4,7 @@
 //! accepted with one notice; a key that nobody knows is reported with the known key nearest to it.
 
 mod memory;
+pub mod root;
 mod section;
 #[cfg(test)]
 mod tests;
@@ -15,13 +16,13 @@ use std::time::Duration;
 use tracing_subscriber::filter::LevelFilter;
 use vmm::Confinement;
 
+pub use root::GuestRoot;
 use section::Section;
 
 /// Where the file is looked for when nothing names one.
 pub const DEFAULT_PATH: &str = "/etc/inlay/configuration.toml";
 
 const DEFAULT_KERNEL: &str = "/usr/share/inlay/vmlinux";
-const DEFAULT_INITRD: &str = "/usr/share/inlay/inlay-minimal.initrd";
 const DEFAULT_MEMORY_MIB: u64 = 256;
 /// Below this the guest's kernel and agent leave no room for a container.
 const MIN_MEMORY_MIB: u64 = 64;
@@ -60,8 +61,8 @@ pub struct Config {
 pub struct Hypervisor {
     /// Guest kernel: `kernel`.
     pub kernel: PathBuf,
-    /// Guest initrd, which holds the agent: `initrd`.
-    pub initrd: PathBuf,
+    /// What the guest's first programs come from, the agent among them.
+    pub root: GuestRoot,
     /// What is appended to the kernel's command line: `kernel_params`.
     pub kernel_params: String,
     /// vCPUs of a sandbox: `default_vcpus`.
@@ -200,7 +201,7 @@ impl Default for Config {
         Self {
             hypervisor: Hypervisor {
                 kernel: DEFAULT_KERNEL.into(),
-                initrd: DEFAULT_INITRD.into(),
+                root: GuestRoot::default(),
                 kernel_params: String::new(),
                 vcpus: NonZeroU32::MIN,
                 memory_mib: DEFAULT_MEMORY_MIB,
@@ -283,7 +284,7 @@ impl Config {
 impl Hypervisor {
     fn read(&mut self, section: &mut Section) -> Result<(), ConfigError> {
         section.path("kernel", &mut self.kernel)?;
-        section.path("initrd", &mut self.initrd)?;
+        self.root = root::read(section)?;
         if let Some(parameters) = section.text("kernel_params")? {
             self.kernel_params = parameters;
         }

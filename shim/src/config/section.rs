@@ -19,6 +19,8 @@ pub const HYPERVISOR: Keys = Keys {
     used: &[
         "kernel",
         "initrd",
+        "image",
+        "rootfs_type",
         "kernel_params",
         "default_vcpus",
         "default_memory",
@@ -33,8 +35,6 @@ pub const HYPERVISOR: Keys = Keys {
         "valid_hypervisor_paths",
         "ctlpath",
         "valid_ctlpaths",
-        "image",
-        "rootfs_type",
         "vm_rootfs_driver",
         "enable_annotations",
         "kernel_verity_params",

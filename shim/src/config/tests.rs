@@ -1,3 +1,4 @@
+use super::root::ImageType;
 use super::*;
 
 fn parse(text: &str) -> (Config, Vec<Notice>) {
@@ -58,7 +59,7 @@ fn a_file_of_our_own_sets_everything() {
     );
     assert_eq!(notices, Vec::new());
     assert_eq!(config.hypervisor.kernel, Path::new("/k"));
-    assert_eq!(config.hypervisor.initrd, Path::new("/i"));
+    assert_eq!(config.hypervisor.root, GuestRoot::Initrd("/i".into()));
     assert_eq!(config.hypervisor.kernel_params, "quiet");
     assert_eq!(config.hypervisor.vcpus.get(), 2);
     assert_eq!(config.hypervisor.memory_mib, 512);
@@ -152,6 +153,24 @@ fn a_wrong_value_is_refused_by_name() {
     assert!(refuse("a = ").contains("is not TOML"));
     assert!(refuse("[factory]\ntemplate_memory = \"cow\"").contains("must be \"mapped\" or \"lazy\", not"));
     assert!(refuse("[agent.kata]\nenable_debug = 1").contains("agent.kata.enable_debug must be true or false"));
+}
+
+#[test]
+fn a_guest_has_an_initrd_or_an_image() {
+    let root = |text: &str| {
+        let (config, notices) = parse(&format!("[hypervisor.stratovirt]\n{text}"));
+        assert_eq!(notices, Vec::new());
+        config.hypervisor.root
+    };
+    let image = |kind| GuestRoot::Image { path: "/m".into(), kind };
+    assert_eq!(root("initrd = \"\"\nimage = \"\""), GuestRoot::default());
+    assert_eq!(root("image = \"/m\"\ninitrd = \"\""), image(None));
+    assert_eq!(root("image = \"/m\"\nrootfs_type = \"erofs\""), image(Some(ImageType::Erofs)));
+    // kata's files have the type in any case.
+    assert_eq!(root("initrd = \"/i\"\nrootfs_type = \"ext4\""), GuestRoot::Initrd("/i".into()));
+    let both = refuse("[hypervisor.inlay]\ninitrd = \"/i\"\nimage = \"/m\"");
+    assert!(both.contains("hypervisor.inlay.image must be empty where initrd is not, as a guest has one"), "{both}");
+    assert!(refuse("[hypervisor.inlay]\nrootfs_type = \"xfs\"").contains("must be \"ext4\" or \"erofs\", not"));
 }
 
 #[test]

@@ -15,7 +15,7 @@ use tokio::sync::{mpsc, oneshot};
 use vmm::{Connector, ExitReason, HostEnd, Machine, MachineConfig};
 
 use super::agent::{Agent, AgentError};
-use super::machine::machine_config;
+use super::machine::{ImageError, drives, machine_config};
 use super::saved::Saved;
 use super::{guest_log, identity, trace};
 use crate::config::Config;
@@ -32,6 +32,9 @@ const PANIC: &str = "Kernel panic - not syncing";
 /// Why a guest did not come up.
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
+    /// What its root is on.
+    #[error(transparent)]
+    Image(#[from] ImageError),
     /// The machine could not be built.
     #[error("Cannot build the machine of the sandbox")]
     Build(#[source] vmm::BuildError),
@@ -107,15 +110,14 @@ pub struct Home<'a> {
 }
 
 impl Home<'_> {
-    fn machine_config(&self) -> MachineConfig {
-        machine_config(self.name, self.config, self.shared, self.socket)
-    }
-
-    /// What makes one whenever it is called.
-    fn machine_config_again(&self) -> impl Fn() -> MachineConfig + Send + use<> {
+    /// What makes a machine's configuration whenever it is called.
+    fn machine_config(&self) -> impl Fn() -> Result<MachineConfig, ImageError> + Send + use<> {
         let (name, config) = (self.name.clone(), self.config.clone());
         let (shared, socket) = (self.shared.to_owned(), self.socket.to_owned());
-        move || machine_config(&name, &config, &shared, &socket)
+        move || {
+            let blk = drives(&config)?;
+            Ok(MachineConfig { blk, ..machine_config(&name, &config, &shared, &socket) })
+        }
     }
 }
 
@@ -135,8 +137,8 @@ impl Guest {
     /// left.
     pub async fn boot(home: &Home<'_>) -> Result<Self, BootError> {
         let machine_config = home.machine_config();
-        let built = home.main.run(move || Machine::build(machine_config)).await?;
-        let machine = Arc::new(built.map_err(BootError::Build)?);
+        let build = move || Machine::build(machine_config()?).map_err(BootError::Build);
+        let machine = Arc::new(home.main.run(build).await??);
         let connector = machine.vsock().ok_or(ConnectError::Gone)?;
         let mut announced = listen_for_log(&connector);
         (home.before_start)()?;
@@ -170,9 +172,8 @@ impl Guest {
 
     /// The machine that was `saved` before it goes on. It takes what a machine takes but for the guest's memory.
     pub async fn asleep(home: &Home<'_>, saved: Saved) -> Result<Arc<Machine>, BootError> {
-        let machine_config = home.machine_config_again();
-        let restored = home.main.run(move || saved.restore(machine_config)).await?;
-        Ok(Arc::new(restored.map_err(BootError::Restore)?))
+        let machine_config = home.machine_config();
+        Ok(Arc::new(home.main.run(move || saved.restore(machine_config)).await??))
     }
 
     /// Lets a machine that is [`asleep`](Self::asleep) go on.

@@ -2,13 +2,17 @@
 //!
 //! A machine that is saved as a template is made of the same: see [`devices`].
 
-use std::path::Path;
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
 
 use devices::virtio::fs::CachePolicy;
 use tracing_subscriber::filter::LevelFilter;
-use vmm::{BASE_CMDLINE, BootConfig, FsConfig, MachineConfig, MemConfig, MemoryConfig, RngConfig, VsockConfig};
+use vmm::{
+    BASE_CMDLINE, BlkConfig, BootConfig, FsConfig, MachineConfig, MemConfig, MemoryConfig, RngConfig, VsockConfig,
+};
 
-use crate::config::{Config, FsCache, Hypervisor};
+use crate::config::{Config, FsCache, GuestRoot, Hypervisor};
 use crate::ids::Id;
 use crate::resources::share::TAG;
 
@@ -24,6 +28,10 @@ const FS_WORKERS: u16 = 2;
 /// clones of a template. Programs can still make some.
 const NO_DUMMIES: &str = "dummy.numdummies=0";
 
+/// The drive with the guest's root, which is its only one: Linux names drives in their order.
+const ROOT_DRIVE: &str = "root";
+const ROOT_DEVICE: &str = "/dev/vda";
+
 /// Memory is plugged in blocks of this size, the smallest that there can be.
 pub const BLOCK: u64 = 2 << 20;
 /// Linux has plugged memory in pieces of this size, and leaves a part of one at the end of the region alone; in larger ones
@@ -33,12 +41,23 @@ const LARGE_PIECE: u64 = 2 << 30;
 /// That much.
 const A_LOT: u64 = 64 << 30;
 
-/// What a sandbox's machine is made of.
+/// The guest's root file system cannot be read.
+#[derive(Debug, thiserror::Error)]
+#[error("Cannot open the guest's image {}", path.display())]
+pub struct ImageError {
+    path: PathBuf,
+    source: io::Error,
+}
+
+/// What a sandbox's machine is made of, but for what has to be opened: see [`drives`].
 pub fn machine_config(sandbox: &Id, config: &Config, shared: &Path, socket: &Path) -> MachineConfig {
     let hypervisor = &config.hypervisor;
     let boot = BootConfig {
         kernel: hypervisor.kernel.clone(),
-        initrd: Some(hypervisor.initrd.clone()),
+        initrd: match &hypervisor.root {
+            GuestRoot::Initrd(path) => Some(path.clone()),
+            GuestRoot::Image { .. } => None,
+        },
         cmdline: command_line(config),
     };
     let memory = MemoryConfig::from_size(hypervisor.memory_mib << 20);
@@ -69,6 +88,13 @@ pub fn machine_config(sandbox: &Id, config: &Config, shared: &Path, socket: &Pat
     machine
 }
 
+/// The drive with the guest's root, where it has one, open for reading alone.
+pub fn drives(config: &Config) -> Result<Vec<BlkConfig>, ImageError> {
+    let GuestRoot::Image { path, .. } = &config.hypervisor.root else { return Ok(Vec::new()) };
+    let file = File::open(path).map_err(|source| ImageError { path: path.clone(), source })?;
+    Ok(vec![BlkConfig { read_only: true, ..BlkConfig::new(ROOT_DRIVE, file) }])
+}
+
 /// Room for memory that is plugged when containers need it, of which the guest has none at first. Whole pieces: what is
 /// wanted of it stays below what is configured.
 fn pluggable(hypervisor: &Hypervisor) -> Option<MemConfig> {
@@ -80,6 +106,10 @@ fn pluggable(hypervisor: &Hypervisor) -> Option<MemConfig> {
 /// The kernel's command line: the machine's own words, the agent's, then what the operator added.
 pub fn command_line(config: &Config) -> String {
     let mut words = vec![BASE_CMDLINE.to_owned(), NO_DUMMIES.to_owned()];
+    if let GuestRoot::Image { kind, .. } = &config.hypervisor.root {
+        words.push(format!("root={ROOT_DEVICE} ro"));
+        words.extend(kind.map(|kind| format!("rootfstype={}", kind.name())));
+    }
     if config.runtime.log_level < LevelFilter::DEBUG {
         // Every line on the serial console costs the guest an exit for each byte.
         words.push("quiet".to_owned());
@@ -97,25 +127,26 @@ pub fn command_line(config: &Config) -> String {
 }
 
 /// The devices in their order, each with what the guest knows of it: a machine that is restored must have the same.
-pub fn devices(machine: &MachineConfig) -> Vec<String> {
+pub fn devices(machine: &MachineConfig, root: &GuestRoot) -> Vec<String> {
     let fs = machine.fs.iter().map(|fs| {
         let FsConfig { tag, num_request_queues: queues, queue_size: size, .. } = fs;
         format!("fs {tag} with {queues} queue of {size}")
     });
-    let blk = machine.blk.iter().map(|_| "blk".to_owned());
-    let net = machine.net.iter().map(|_| "net".to_owned());
+    // It is not open yet.
+    let blk = matches!(root, GuestRoot::Image { .. }).then(|| format!("blk {ROOT_DRIVE}"));
     let vsock = machine.vsock.iter().map(|vsock| format!("vsock {}", vsock.guest_cid));
     let rng = machine.rng.iter().map(|_| "rng".to_owned());
     let mem = machine.pluggable.iter().map(|mem| {
         let MemConfig { size, block_size, .. } = mem;
         format!("mem of {} MiB in blocks of {} MiB", size >> 20, block_size >> 20)
     });
-    fs.chain(blk).chain(net).chain(vsock).chain(rng).chain(mem).collect()
+    fs.chain(blk).chain(vsock).chain(rng).chain(mem).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::root::ImageType;
 
     #[test]
     fn the_command_line_has_the_agents_and_the_operators_words() {
@@ -147,10 +178,28 @@ mod tests {
     }
 
     #[test]
+    fn an_image_is_a_drive_that_the_kernel_mounts() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let mut config = Config::default();
+        assert!(drives(&config).unwrap().is_empty() && !command_line(&config).contains("root="));
+        config.hypervisor.root = GuestRoot::Image { path: file.path().to_owned(), kind: Some(ImageType::Erofs) };
+        let machine = machine_config(&Id::try_from("x").unwrap(), &config, Path::new("/s"), Path::new("/socket"));
+        assert_eq!(machine.boot.initrd, None);
+        assert!(machine.boot.cmdline.contains(" root=/dev/vda ro rootfstype=erofs "), "{}", machine.boot.cmdline);
+        let [drive] = drives(&config).unwrap().try_into().unwrap();
+        assert!(drive.read_only);
+        config.hypervisor.root = GuestRoot::Image { path: "/nonexistent/i".into(), kind: None };
+        assert_eq!(drives(&config).unwrap_err().to_string(), "Cannot open the guest's image /nonexistent/i");
+    }
+
+    #[test]
     fn devices_are_told_in_their_order() {
         let machine =
             machine_config(&Id::try_from("x").unwrap(), &Config::default(), Path::new("/s"), Path::new("/socket"));
-        assert_eq!(devices(&machine), ["fs kataShared with 1 queue of 128", "vsock 3", "rng"]);
+        let initrd = GuestRoot::default();
+        assert_eq!(devices(&machine, &initrd), ["fs kataShared with 1 queue of 128", "vsock 3", "rng"]);
+        let image = GuestRoot::Image { path: "/x".into(), kind: None };
+        assert_eq!(devices(&machine, &image), ["fs kataShared with 1 queue of 128", "blk root", "vsock 3", "rng"]);
     }
 
     #[test]
@@ -161,7 +210,7 @@ mod tests {
             if let Some(mem) = machine.pluggable {
                 mem.check().unwrap();
             }
-            devices(&machine).get(3).cloned()
+            devices(&machine, &config.hypervisor.root).get(3).cloned()
         };
         assert_eq!(told(&config), None);
         for (memory, more, size) in [(256, 1, 128), (256, 128, 128), (256, 129, 256), (64 << 10, 129, 2048)] {

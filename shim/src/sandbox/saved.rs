@@ -7,6 +7,8 @@ use vmm::config::RestoreMemory;
 use vmm::memory::working_set::{WORKING_SET, WRITTEN_SET};
 use vmm::{Fill, LazyConfig, LazyError, Machine, MachineConfig, RestoreError, WorkingSet};
 
+use super::guest::BootError;
+use super::machine::ImageError;
 use crate::bootstrap::with_causes;
 use crate::config::TemplateMemory;
 use crate::template::{Chunks, Ready, Template};
@@ -53,8 +55,8 @@ impl Saved {
 
     /// Makes the machine. Where the host serves no page faults its memory is mapped, if it is here; `config` makes a
     /// configuration each time.
-    pub fn restore(self, config: impl Fn() -> MachineConfig) -> Result<Machine, RestoreError> {
-        let mut first = config();
+    pub fn restore(self, config: impl Fn() -> Result<MachineConfig, ImageError>) -> Result<Machine, BootError> {
+        let mut first = config()?;
         let how = match self.memory {
             Memory::Mapped => {
                 let written = working_set(&self.directory, WRITTEN_SET, first.memory.size);
@@ -70,16 +72,18 @@ impl Saved {
                 first.memory.prealloc = chunks.at_once;
                 let (source, fill) = (Some(Box::new(chunks.source) as _), Fill::All { bytes_per_second: FILL });
                 let lazy = LazyConfig { source, working_set, record: false, fill };
-                return Machine::restore_with(first, &self.directory, RestoreMemory::Lazy(lazy));
+                let restored = Machine::restore_with(first, &self.directory, RestoreMemory::Lazy(lazy));
+                return restored.map_err(BootError::Restore);
             }
         };
-        match Machine::restore_with(first, &self.directory, how) {
+        let restored = match Machine::restore_with(first, &self.directory, how) {
             Err(RestoreError::Lazy(LazyError::Uffd(error))) => {
                 tracing::warn!("The template's memory is mapped: {}", with_causes(&error));
-                Machine::restore(config(), &self.directory)
+                Machine::restore(config()?, &self.directory)
             }
             restored => restored,
-        }
+        };
+        restored.map_err(BootError::Restore)
     }
 }
 

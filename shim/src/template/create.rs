@@ -69,8 +69,8 @@ pub enum CreateError {
     /// The thread that makes machines is gone.
     #[error("Cannot make the template's machine")]
     Thread(#[from] Ended),
-    /// A kernel or initrd was installed at the same time.
-    #[error("The kernel or the initrd was changed while the template was made")]
+    /// A kernel, initrd or image was installed at the same time.
+    #[error("The guest's kernel, initrd or image was changed while the template was made")]
     Changed,
 }
 

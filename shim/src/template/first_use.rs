@@ -31,7 +31,7 @@ const PROGRAM: &str = "inlay";
 /// Where a sandbox's guest comes from.
 #[derive(Debug)]
 pub enum Plan {
-    /// From the kernel and the initrd.
+    /// From the kernel, and the initrd or image.
     Boot,
     /// The same, while a template is made for others. Somebody should hear what comes of it.
     BootAndReport(Maker),

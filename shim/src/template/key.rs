@@ -39,12 +39,12 @@ pub struct Key {
     memory_mib: u64,
 }
 
-/// Guest kernel and initrd.
+/// Guest kernel and what the guest's root comes from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Images {
     kernel: Image,
-    initrd: Image,
+    root: Image,
 }
 
 /// A file that a machine has booted from.
@@ -94,7 +94,7 @@ impl Key {
             host: uname().map_or_else(|_| String::new(), |name| name.release().to_string_lossy().into_owned()),
             cpu: cpu(),
             command_line: machine.boot.cmdline.clone(),
-            devices: machine::devices(&machine),
+            devices: machine::devices(&machine, &config.hypervisor.root),
             vcpus: machine.vcpus,
             memory_mib: machine.memory.size >> 20,
         }
@@ -132,7 +132,7 @@ impl Images {
     /// Reads the images that `config` names.
     pub fn read(config: &Config) -> Result<Self, TemplateError> {
         let hypervisor = &config.hypervisor;
-        Ok(Self { kernel: Image::read(&hypervisor.kernel)?, initrd: Image::read(&hypervisor.initrd)? })
+        Ok(Self { kernel: Image::read(&hypervisor.kernel)?, root: Image::read(hypervisor.root.path())? })
     }
 
     /// In what the images of a template differ from those that `config` names now. They are read only if they are not
@@ -140,18 +140,19 @@ impl Images {
     pub fn difference(&self, config: &Config) -> Result<Option<Difference>, TemplateError> {
         let hypervisor = &config.hypervisor;
         let kernel = self.kernel.difference("kernel", &hypervisor.kernel)?;
-        kernel.map_or_else(|| self.initrd.difference("initrd", &hypervisor.initrd), |found| Ok(Some(found)))
+        let root = &hypervisor.root;
+        kernel.map_or_else(|| self.root.difference(root.name(), root.path()), |found| Ok(Some(found)))
     }
 
-    /// In what these, of another host, differ from those of this one. Only contents count.
-    pub fn difference_to(&self, present: &Self) -> Option<Difference> {
+    /// In what these, of another host, differ from the `present` ones that `config` names on this one. Only contents count.
+    pub fn difference_to(&self, present: &Self, config: &Config) -> Option<Difference> {
         let kernel = self.kernel.difference_to("kernel", &present.kernel);
-        kernel.or_else(|| self.initrd.difference_to("initrd", &present.initrd))
+        kernel.or_else(|| self.root.difference_to(config.hypervisor.root.name(), &present.root))
     }
 
     /// The two with their paths and checksums, for people.
     pub fn describe(&self) -> [String; 2] {
-        [&self.kernel, &self.initrd].map(|image| format!("{} {}", image.sha256, image.path.display()))
+        [&self.kernel, &self.root].map(|image| format!("{} {}", image.sha256, image.path.display()))
     }
 }
 
@@ -207,6 +208,7 @@ fn cpu() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::GuestRoot;
 
     fn key() -> Key {
         Key::of(&Config::default(), &Id::try_from("t").unwrap())
@@ -238,6 +240,10 @@ mod tests {
         let name = Id::try_from("t").unwrap();
         assert!(key().difference(&Key::of(&config, &name)).is_some());
         config = Config::default();
+        config.hypervisor.root = GuestRoot::Image { path: "/image".into(), kind: None };
+        let difference = key().difference(&Key::of(&config, &name)).unwrap().to_string();
+        assert!(difference.ends_with(", blk root, vsock 3, rng is wanted"), "{difference}");
+        config = Config::default();
         config.hypervisor.memory_mib += 1;
         assert!(key().difference(&Key::of(&config, &name)).is_some());
     }
@@ -249,7 +255,7 @@ mod tests {
         std::fs::write(&kernel, "kernel").unwrap();
         std::fs::write(&initrd, "initrd").unwrap();
         let mut config = Config::default();
-        (config.hypervisor.kernel, config.hypervisor.initrd) = (kernel.clone(), initrd.clone());
+        (config.hypervisor.kernel, config.hypervisor.root) = (kernel.clone(), GuestRoot::Initrd(initrd.clone()));
         let images = Images::read(&config).unwrap();
         assert_eq!(images.difference(&config).unwrap(), None);
         // Another file with the same bytes.

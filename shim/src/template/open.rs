@@ -183,6 +183,7 @@ mod tests {
     use vmm::snapshot::{MANIFEST, MEMORY, STATE};
 
     use super::*;
+    use crate::config::GuestRoot;
     use crate::run_dir::RunDir;
     use crate::template::key::Images;
 
@@ -206,7 +207,7 @@ mod tests {
         let image = dir.path().join("image");
         fs::write(&image, "image").unwrap();
         let mut config = Config::default();
-        (config.hypervisor.kernel, config.hypervisor.initrd) = (image.clone(), image);
+        (config.hypervisor.kernel, config.hypervisor.root) = (image.clone(), GuestRoot::Initrd(image));
         let store = Store::new(&config, &RunDir::at(dir.path().join("run")));
         let name = Id::try_from("t").unwrap();
         publish(&store, &config, &name, 0);

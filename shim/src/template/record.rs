@@ -18,7 +18,7 @@ use crate::run_dir::hex;
 /// Its name in the template's directory.
 pub const FILE: &str = "template";
 /// What the first line begins with. The number is raised when the rest changes its meaning.
-const HEADER: &str = "inlay template 1 ";
+const HEADER: &str = "inlay template 2 ";
 /// The index of its chunks, where its memory is elsewhere.
 pub const INDEX: &str = "index";
 
@@ -125,7 +125,7 @@ impl Record {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Config;
+    use crate::config::{Config, GuestRoot};
 
     fn record(dir: &Path) -> Record {
         for name in [MEMORY, STATE, MANIFEST, "k"] {
@@ -133,7 +133,7 @@ mod tests {
         }
         let name = Id::try_from("t").unwrap();
         let mut config = Config::default();
-        (config.hypervisor.kernel, config.hypervisor.initrd) = (dir.join("k"), dir.join("k"));
+        (config.hypervisor.kernel, config.hypervisor.root) = (dir.join("k"), GuestRoot::Initrd(dir.join("k")));
         let (key, images, files) = (Key::of(&config, &name), Images::read(&config).unwrap(), Files::look(dir).unwrap());
         Record { name, made: 1, mark: "m".into(), key, images, files, elsewhere: None }
     }
@@ -167,7 +167,7 @@ mod tests {
     #[test]
     fn another_version_and_too_much_are_refused_by_name() {
         assert_eq!(
-            Record::parse(b"inlay template 2 x\n{}"),
+            Record::parse(b"inlay template 3 x\n{}"),
             Err("its first line is that of another version, or damaged")
         );
         let longest = usize::try_from(sealed::MAX_LEN).unwrap();

@@ -32,7 +32,7 @@ fn refuses_by_name_what_is_not_what_was_saved_or_is_wanted(scene: &Scene) {
     set_factory(scene, "", "");
 
     let record = fs::read_to_string(file("template")).unwrap();
-    fs::write(file("template"), record.replacen("inlay template 1", "inlay template 2", 1)).unwrap();
+    fs::write(file("template"), record.replacen("inlay template 2", "inlay template 3", 1)).unwrap();
     refused(&["has no record that can be read", "another version"]);
     fs::write(file("template"), forge(&record, "\"inlay\": \"", "99.")).unwrap();
     refused(&["was made for another machine", "its version of Inlay is 99."]);
@@ -91,7 +91,7 @@ fn forge(record: &str, place: &str, what: &str) -> String {
     let (_, json) = record.split_once('\n').unwrap();
     let json = json.replacen(place, &format!("{place}{what}"), 1);
     let sum: String = Sha256::digest(&json).iter().map(|byte| format!("{byte:02x}")).collect();
-    format!("inlay template 1 {sum}\n{json}")
+    format!("inlay template 2 {sum}\n{json}")
 }
 
 fn flip(name: &str, offset: u64) {

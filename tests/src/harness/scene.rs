@@ -53,6 +53,8 @@ pub struct Parts {
     pub kernel: PathBuf,
     /// The guest's initrd.
     pub initrd: PathBuf,
+    /// What is in the initrd, as an image on a drive.
+    pub image: PathBuf,
     /// The initrd of the guest with tools.
     pub tools: PathBuf,
 }
@@ -69,16 +71,25 @@ impl Parts {
             shim: named("INLAY_SHIM", "release/inlay"),
             kernel: guest.join("vmlinux"),
             initrd: guest.join("inlay-minimal.initrd"),
+            image: guest.join("inlay-minimal.img"),
             tools: guest.join("inlay-tools.initrd"),
         }
     }
 
     /// A configuration with these parts and `extra` lines in the table of the machine.
     pub fn configuration(&self, extra: &str) -> String {
+        self.configuration_of("initrd", &self.initrd, extra)
+    }
+
+    /// The same with the image in the initrd's place.
+    pub fn configuration_of_image(&self, extra: &str) -> String {
+        self.configuration_of("image", &self.image, extra)
+    }
+
+    fn configuration_of(&self, key: &str, root: &Path, extra: &str) -> String {
+        let (kernel, root) = (self.kernel.display(), root.display());
         format!(
-            "[hypervisor.inlay]\nkernel = \"{}\"\ninitrd = \"{}\"\n{extra}\n[runtime]\ntrace_file = \"{HOME}/trace.jsonl\"\n",
-            self.kernel.display(),
-            self.initrd.display()
+            "[hypervisor.inlay]\nkernel = \"{kernel}\"\n{key} = \"{root}\"\n{extra}\n[runtime]\ntrace_file = \"{HOME}/trace.jsonl\"\n"
         )
     }
 }

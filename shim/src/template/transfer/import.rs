@@ -92,7 +92,7 @@ fn images_of_this_host(exported: &Exported, name: &Id, config: &Config) -> Resul
         return Err(differs(difference));
     }
     let images = Images::read(config)?;
-    match exported.images.difference_to(&images) {
+    match exported.images.difference_to(&images, config) {
         Some(difference) => Err(differs(difference)),
         None => Ok(images),
     }

@@ -35,7 +35,7 @@ pub use import::{Server, import};
 /// The chunks of an exported memory, one after the other.
 const CHUNKS: &str = "chunks";
 /// What the first line of what was exported begins with.
-const HEADER: &str = "inlay exported template 1 ";
+const HEADER: &str = "inlay exported template 2 ";
 
 /// Why a template was not exported or imported.
 #[derive(Debug, thiserror::Error)]

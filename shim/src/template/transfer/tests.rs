@@ -17,7 +17,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
 use crate::bootstrap::with_causes;
-use crate::config::Config;
+use crate::config::{Config, GuestRoot};
 use crate::run_dir::RunDir;
 use crate::template::record::{Files, Record};
 use crate::template::{Chunks, Store, Template};
@@ -48,10 +48,12 @@ impl Node {
         let dir = tempfile::tempdir().unwrap();
         let mut config = Config::default();
         config.hypervisor.memory_mib = LENGTH / MIB;
-        for (name, path) in [("kernel", &mut config.hypervisor.kernel), ("initrd", &mut config.hypervisor.initrd)] {
-            *path = dir.path().join(name);
-            fs::write(path, name).unwrap();
-        }
+        let [kernel, initrd] = ["kernel", "initrd"].map(|name| {
+            let path = dir.path().join(name);
+            fs::write(&path, name).unwrap();
+            path
+        });
+        (config.hypervisor.kernel, config.hypervisor.root) = (kernel, GuestRoot::Initrd(initrd));
         let store = Store::new(&config, &RunDir::at(dir.path().join("run")));
         Self { dir, config, store }
     }
