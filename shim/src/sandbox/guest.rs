@@ -66,6 +66,12 @@ pub enum BootError {
     /// The agent answered wrongly.
     #[error("The guest's agent is not well")]
     Agent(#[from] AgentError),
+    /// The thread that builds machines is busy with something that does not end.
+    #[error("The machine of the sandbox was not made within {milliseconds} ms: the process's first thread is held up")]
+    HeldUp {
+        /// The configured time.
+        milliseconds: u128,
+    },
     /// The thread that builds machines is gone.
     #[error("Cannot build the machine of the sandbox")]
     Builder(#[from] Ended),
@@ -119,6 +125,18 @@ impl Home<'_> {
             Ok(MachineConfig { blk, ..machine_config(&name, &config, &shared, &socket) })
         }
     }
+
+    /// Has a machine made, with the patience that a guest's boot gets. One that is made later is dropped.
+    async fn make(
+        &self,
+        make: impl FnOnce() -> Result<Machine, BootError> + Send + 'static,
+    ) -> Result<Arc<Machine>, BootError> {
+        let deadline = self.config.agent.boot_deadline;
+        match tokio::time::timeout(deadline, self.main.run(make)).await {
+            Ok(made) => Ok(Arc::new(made??)),
+            Err(_) => Err(BootError::HeldUp { milliseconds: deadline.as_millis() }),
+        }
+    }
 }
 
 /// A guest that runs, and its agent.
@@ -137,8 +155,7 @@ impl Guest {
     /// left.
     pub async fn boot(home: &Home<'_>) -> Result<Self, BootError> {
         let machine_config = home.machine_config();
-        let build = move || Machine::build(machine_config()?).map_err(BootError::Build);
-        let machine = Arc::new(home.main.run(build).await??);
+        let machine = home.make(move || Machine::build(machine_config()?).map_err(BootError::Build)).await?;
         let connector = machine.vsock().ok_or(ConnectError::Gone)?;
         let mut announced = listen_for_log(&connector);
         (home.before_start)()?;
@@ -173,7 +190,7 @@ impl Guest {
     /// The machine that was `saved` before it goes on. It takes what a machine takes but for the guest's memory.
     pub async fn asleep(home: &Home<'_>, saved: Saved) -> Result<Arc<Machine>, BootError> {
         let machine_config = home.machine_config();
-        Ok(Arc::new(home.main.run(move || saved.restore(machine_config)).await??))
+        home.make(move || saved.restore(machine_config)).await
     }
 
     /// Lets a machine that is [`asleep`](Self::asleep) go on.
@@ -339,6 +356,19 @@ fn last_lines(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_start_does_not_wait_for_a_thread_that_is_held_up() {
+        let (main, _work) = crate::main_thread::new();
+        let mut config = Config::default();
+        config.agent.boot_deadline = Duration::from_millis(20);
+        let (name, path) = (Id::try_from("x").unwrap(), Path::new("/nonexistent"));
+        let home =
+            Home { name: &name, config: &config, shared: path, socket: path, main: &main, before_start: &|| Ok(()) };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+        let Err(error) = runtime.block_on(Guest::boot(&home)) else { panic!("it has booted") };
+        assert!(matches!(error, BootError::HeldUp { milliseconds: 20 }), "{error}");
+    }
 
     #[test]
     fn an_error_quotes_the_end_of_the_console() {
