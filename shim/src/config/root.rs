@@ -63,20 +63,20 @@ impl ImageType {
     }
 }
 
-/// Takes `initrd`, `image` and `rootfs_type`, of which kata's files have the last one in any case.
+/// Takes `initrd`, `image` and `rootfs_type`. The last one says nothing about an initrd, but kata's files have it in any case.
 pub fn read(section: &mut Section) -> Result<GuestRoot, ConfigError> {
     let mut path = |key| Ok::<_, ConfigError>(section.text(key)?.filter(|path| !path.is_empty()));
     let (initrd, image) = (path("initrd")?, path("image")?);
+    let Some(image) = image else {
+        section.text("rootfs_type")?;
+        return Ok(initrd.map_or_else(GuestRoot::default, |initrd| GuestRoot::Initrd(initrd.into())));
+    };
+    if initrd.is_some() {
+        let expected = "empty where initrd is not, as a guest has one of them";
+        return Err(section::wrong(section.full("image"), expected, &toml::Value::String(image)));
+    }
     let kind = section.choice("rootfs_type", "\"ext4\" or \"erofs\"", |text| {
         [ImageType::Ext4, ImageType::Erofs].into_iter().find(|kind| kind.name() == text)
     })?;
-    match (initrd, image) {
-        (None, None) => Ok(GuestRoot::default()),
-        (Some(initrd), None) => Ok(GuestRoot::Initrd(initrd.into())),
-        (None, Some(image)) => Ok(GuestRoot::Image { path: image.into(), kind }),
-        (Some(_), Some(image)) => {
-            let expected = "empty where initrd is not, as a guest has one of them";
-            Err(section::wrong(section.full("image"), expected, &toml::Value::String(image)))
-        }
-    }
+    Ok(GuestRoot::Image { path: image.into(), kind })
 }

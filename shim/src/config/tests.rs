@@ -167,10 +167,13 @@ fn a_guest_has_an_initrd_or_an_image() {
     assert_eq!(root("image = \"/m\"\ninitrd = \"\""), image(None));
     assert_eq!(root("image = \"/m\"\nrootfs_type = \"erofs\""), image(Some(ImageType::Erofs)));
     // kata's files have the type in any case.
-    assert_eq!(root("initrd = \"/i\"\nrootfs_type = \"ext4\""), GuestRoot::Initrd("/i".into()));
+    assert_eq!(root("initrd = \"/i\"\nrootfs_type = \"xfs\""), GuestRoot::Initrd("/i".into()));
     let both = refuse("[hypervisor.inlay]\ninitrd = \"/i\"\nimage = \"/m\"");
     assert!(both.contains("hypervisor.inlay.image must be empty where initrd is not, as a guest has one"), "{both}");
-    assert!(refuse("[hypervisor.inlay]\nrootfs_type = \"xfs\"").contains("must be \"ext4\" or \"erofs\", not"));
+    assert!(
+        refuse("[hypervisor.inlay]\nimage = \"/m\"\nrootfs_type = \"xfs\"")
+            .contains("must be \"ext4\" or \"erofs\", not")
+    );
 }
 
 #[test]

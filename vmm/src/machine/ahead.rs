@@ -36,16 +36,14 @@ impl Machine {
             let Some(written) = hardware.written.take() else { return Ok(0) };
             (hardware.memory.clone(), written)
         };
-        let mut copied = 0;
         for range in written.ranges() {
             if self.state() == RunState::Ended {
                 break;
             }
             populate(&memory, range.start, range.end)?;
-            copied += range.end - range.start;
-            self.copied_ahead.store(copied, Ordering::Relaxed);
+            self.copied_ahead.fetch_add(range.end - range.start, Ordering::Relaxed);
         }
-        Ok(copied)
+        Ok(self.copied_ahead())
     }
 
     /// How many bytes [`copy_ahead`](Self::copy_ahead) has copied so far.
